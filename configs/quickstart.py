@@ -1,0 +1,46 @@
+"""A small Swin on the bundled images: a CPU, minutes, no network.
+
+    esvit train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from esvit_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """32-px views of 28-px grey pictures of clothes, two stages, 256 prototypes."""
+    config = default_config()
+    config.dtype = "float32"
+    config.batch_size = 64
+    config.total_epochs = 10
+    config.log_every_steps = 20
+    config.checkpoint_every_steps = 200
+    config.knn_every_steps = 300
+    config.knn_baselines = True
+
+    config.backbone.embed_dim = 48
+    config.backbone.depths = (2, 2)
+    config.backbone.num_heads = (3, 6)
+    config.backbone.window_size = 4
+    config.backbone.image_size = 32
+    config.backbone.drop_path_rate = 0.0
+    config.head.num_prototypes = 256
+    config.head.hidden_dim = 256
+    config.head.bottleneck_dim = 64
+
+    config.views.global_size = 32
+    config.views.local_size = 16
+    config.views.num_local = 4
+    config.loss.prototype_chunk = 0
+    config.loss.warmup_teacher_temp_epochs = 3
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.learning_rate = 2e-3
+
+    config.data.name = "bundled/fashion_mnist_mini"
+    config.data.test_split = "test"
+    config.data.canvas_size = 32
+    config.data.num_threads = 2
+    config.evaluate.crop = 1.0
+    config.evaluate.batch_size = 500
+    return config

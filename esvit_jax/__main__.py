@@ -1,0 +1,34 @@
+"""The command line: `esvit COMMAND …`, or `python -m esvit_jax COMMAND …`."""
+
+import importlib
+import sys
+
+from esvit_jax.config import UserError
+
+COMMANDS = {
+    "train": ("esvit_jax.train", "train a backbone, or go on with an interrupted run"),
+    "knn": ("esvit_jax.evaluate.knn", "classify by nearest neighbours in feature space"),
+}
+
+
+def main() -> int:
+    """Runs the command that the arguments name; returns the exit status."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        known = "\n".join(f"  {key:8} {about}" for key, (_, about) in COMMANDS.items())
+        asked = name in ("-h", "--help")
+        print(
+            f"{'' if asked else f'esvit: {name!r} is no command. '}usage: esvit COMMAND …\n{known}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return 0 if asked else 2
+    try:
+        importlib.import_module(COMMANDS[name][0]).main(argv)
+    except UserError as error:
+        print(f"esvit {name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

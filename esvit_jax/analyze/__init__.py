@@ -1,0 +1,1 @@
+"""Looking at a run and at what a backbone sees: figures, attention, correspondences."""

@@ -1,0 +1,223 @@
+"""A run on disk: `config.json` and Orbax checkpoints, written whole or not at all.
+
+A checkpoint has two items: "model" (student, teacher, centers), all that evaluation needs, and
+"training" (step, counters, the optimiser's moments). A converted checkpoint is a directory with
+the first item alone.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from esvit_jax import config as config_lib
+from esvit_jax import parallel
+from esvit_jax.config import UserError
+from esvit_jax.models import EsViT, create_model
+from esvit_jax.optim import TeacherState
+from esvit_jax.state import TrainState, init_params, zero_centers
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    Args:
+      workdir: local directory or gs:// path.
+      every_steps: steps between two checkpoints.
+      keep: latest ones kept.
+      keep_every_steps: multiples of this step are kept for good; None for none.
+    """
+
+    def __init__(
+        self, workdir: str, *, every_steps: int = 1, keep: int | None = None,
+        keep_every_steps: int | None = None,
+    ):
+        self._manager = ocp.CheckpointManager(
+            _absolute(workdir) / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                save_interval_steps=every_steps,
+                max_to_keep=keep,
+                keep_period=keep_every_steps,
+                enable_async_checkpointing=True,
+            ),
+            item_names=("model", "training"),
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
+        """Starts to save `state` if its step is due (or `force`)."""
+        if step == self.latest_step() or not (force or self._manager.should_save(step)):
+            return
+        model, training = split_state(parallel.to_global(state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
+            ),
+            force=True,
+        )
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest state, with the structure and shapes of `state`."""
+        model, training = split_state(_abstract(state))
+        restored = self._manager.restore(
+            self.latest_step(),
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(model), training=ocp.args.StandardRestore(training)
+            ),
+        )
+        return join_state(restored["model"], restored["training"])
+
+    def close(self) -> None:
+        """Waits until what was started is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items "model" and "training" of a checkpoint."""
+    *moments, teacher = state.opt_state
+    model = {"student": state.params, "teacher": teacher.params, "centers": state.centers}
+    counts = {"step": state.step, "bad": state.bad_steps, "skipped": state.skipped_steps}
+    return model, {"counts": counts, "opt_state": moments}
+
+
+def join_state(model: dict[str, Any], training: dict[str, Any]) -> TrainState:
+    """The inverse of `split_state`."""
+    return TrainState(
+        step=training["counts"]["step"],
+        params=model["student"],
+        opt_state=(*training["opt_state"], TeacherState(model["teacher"])),
+        centers=model["centers"],
+        bad_steps=training["counts"]["bad"],
+        skipped_steps=training["counts"]["skipped"],
+    )
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes, with the sharding that the arrays are to be restored with."""
+    sharding = parallel.replicated_sharding()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _absolute(workdir: str | os.PathLike) -> epath.Path:
+    path = epath.Path(workdir)
+    return path if "://" in str(workdir) else path.absolute()
+
+
+def write_config(workdir: str | os.PathLike, config: ConfigDict, facts: dict[str, Any]) -> None:
+    """Writes `workdir/config.json`, whole or not at all.
+
+    Args:
+      workdir: made if it is not there.
+      config: all fields, by their dotted names.
+      facts: what else describes the run (steps per epoch, classes, …), under "facts".
+    """
+    directory = _absolute(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"config": config_lib.flatten(config), "facts": facts}, indent=1)
+    temporary = directory / f"config.json.{os.getpid()}.tmp"
+    temporary.write_text(text + "\n")
+    temporary.replace(directory / "config.json")
+
+
+def read_config(workdir: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any]] | None:
+    """What `write_config` wrote, or None where there is no such file.
+
+    Raises:
+      UserError: the file is there but is not one of ours.
+    """
+    path = _absolute(workdir) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return config_lib.unflatten(content["config"]), content["facts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the config of a run: {error}") from error
+
+
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Whether a whole checkpoint is there."""
+    directory = _absolute(workdir) / "checkpoints"
+    return directory.exists() and any(path.name.isdigit() for path in directory.iterdir())
+
+
+class LoadedModel(NamedTuple):
+    """A trained or converted network.
+
+    Attributes:
+      config: of the run.
+      facts: see `write_config`.
+      model: the network, `models.create_model(config)`.
+      student, teacher: params {"backbone", "view_head", "region_head"}.
+      centers: {"view": f32[k], "region": f32[k]}.
+      step: training steps behind it.
+    """
+
+    config: ConfigDict
+    facts: dict[str, Any]
+    model: EsViT
+    student: Any
+    teacher: Any
+    centers: Any
+    step: int
+
+
+def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
+    """The network in a workdir or a converted checkpoint, replicated over the devices.
+
+    Args:
+      workdir: local directory or gs:// path.
+      step: of the checkpoint; None is the newest.
+
+    Raises:
+      UserError: there is no run, no (such) checkpoint, or one of another shape.
+    """
+    found = read_config(workdir)
+    if found is None:
+        raise UserError(f"{workdir} is no workdir: it has no config.json")
+    config, facts = found
+    model = create_model(config)
+    with ocp.CheckpointManager(
+        _absolute(workdir) / "checkpoints",
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_names=("model", "training"),
+    ) as manager:
+        steps = manager.all_steps(read=True)
+        if not steps or (step is not None and step not in steps):
+            have = f"it has steps {sorted(steps)}" if steps else "it has none"
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise UserError(f"{workdir} has no {wanted}; {have}")
+        step = max(steps) if step is None else step
+        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
+        try:
+            items = manager.restore(
+                step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{workdir}: checkpoint {step} does not fit its config.json: {error}"
+            ) from error
+    return LoadedModel(config, facts, model, **items["model"], step=step)
+
+
+def save_model(
+    directory: str | os.PathLike, *, config: ConfigDict, facts: dict[str, Any],
+    student: Any, teacher: Any, centers: Any, step: int = 0,
+) -> None:
+    """Writes a directory that `load_model` reads: a converted checkpoint."""
+    model = {"student": student, "teacher": teacher, "centers": centers}
+    with ocp.CheckpointManager(
+        _absolute(directory) / "checkpoints", item_names=("model", "training")
+    ) as manager:
+        manager.save(step, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+    write_config(directory, config, facts)

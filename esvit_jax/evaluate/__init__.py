@@ -1,0 +1,1 @@
+"""Measuring a trained backbone: its features, k-nearest neighbours, linear classifiers."""

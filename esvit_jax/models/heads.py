@@ -1,0 +1,60 @@
+"""Projection head: features to bottleneck vectors, and the prototypes they are compared with."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from esvit_jax.models.layers import LINEAR_INIT, l2_normalize, uniform_fan_in
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised prototypes: w = g * v / |v|, one row each."""
+
+    num_prototypes: int
+    dim: int
+    fixed_norm: bool  # g stays 1
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "k d"]:
+        g = self.param("weight_g", nn.initializers.ones, (self.num_prototypes, 1))
+        v = self.param("weight_v", uniform_fan_in(self.dim), (self.num_prototypes, self.dim))
+        if self.fixed_norm:
+            g = jax.lax.stop_gradient(g)
+        return g * v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+
+
+class ProjectionHead(nn.Module):
+    """Three linears with exact GELU between them, then L2 normalisation.
+
+    The last linear of the published head, to `num_prototypes` logits, is not applied here: the
+    losses get `prototypes()` and never hold all logits.
+    """
+
+    num_prototypes: int
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    norm_last_layer: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        def linear(features):
+            return nn.Dense(features, kernel_init=LINEAR_INIT, dtype=self.dtype)
+
+        # Numbered as in the published state dict, where the odd ones are GELUs.
+        self.mlp_0 = linear(self.hidden_dim)
+        self.mlp_2 = linear(self.hidden_dim)
+        self.mlp_4 = linear(self.bottleneck_dim)
+        self.last_layer = Prototypes(
+            self.num_prototypes, self.bottleneck_dim, self.norm_last_layer
+        )
+
+    def __call__(self, features: Float[Array, "*rows d"]) -> Float[Array, "*rows bottleneck"]:
+        """Returns f32 bottleneck vectors of length 1."""
+        x = nn.gelu(self.mlp_0(features), approximate=False)
+        x = nn.gelu(self.mlp_2(x), approximate=False)
+        return l2_normalize(self.mlp_4(x).astype(jnp.float32))
+
+    def prototypes(self) -> Float[Array, "k bottleneck"]:
+        """Returns the f32 prototypes; logits are bottleneck vectors times these."""
+        return self.last_layer()

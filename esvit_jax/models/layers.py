@@ -1,0 +1,56 @@
+"""Building blocks shared by the backbones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+LINEAR_INIT = nn.initializers.normal(stddev=0.02)
+
+# Published norms use eps 1e-6. The two-pass variance is the one PyTorch computes.
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linears."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for some rows of the batch and scales the others (Huang et al. 2016)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, branch: Float[Array, "b ..."], train: bool) -> Float[Array, "b ..."]:
+        if not train or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        rows = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, rows)
+        return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
+
+
+class Mlp(nn.Module):
+    """linear - exact GELU - linear."""
+
+    hidden_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        hidden = nn.Dense(self.hidden_dim, kernel_init=LINEAR_INIT, dtype=self.dtype, name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=False)
+        return nn.Dense(x.shape[-1], kernel_init=LINEAR_INIT, dtype=self.dtype, name="fc2")(hidden)
+
+
+def l2_normalize(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+    """x / max(|x|, 1e-12) along the last axis, with a finite gradient at 0."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

@@ -1,0 +1,295 @@
+"""Swin transformer (Liu et al. 2021), as the published EsViT trains it.
+
+Maps are [b, h, w, d] throughout, so that inputs need not be square. Windows and shifts are fixed
+by `image_size`, also when a smaller view passes: a 96-px view uses the windows of a 224-px one.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float
+
+from esvit_jax.models.layers import LINEAR_INIT, DropPath, LayerNorm, Mlp, uniform_fan_in
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@struct.dataclass
+class BackboneOutput:
+    """What a backbone returns for a batch of images.
+
+    Attributes:
+      view: f32[b, d], the mean of the regions.
+      regions: f32[b, h, w, d], the last map after the final norm.
+      pooled: one f32[b, d_l] a block, the mean of its map (last stage: after the final norm).
+      attention: one f32[b, windows, heads, n, n] a block (softmax over the last axis, windows in
+        row-major order of the padded and shifted map), or () unless asked for.
+    """
+
+    view: jax.Array
+    regions: jax.Array
+    pooled: tuple[jax.Array, ...]
+    attention: tuple[jax.Array, ...]
+
+
+def relative_position_index(window_size: int) -> np.ndarray:
+    """Row of the bias table for each (query, key) of a window: int[n, n], d = query - key."""
+    y, x = np.divmod(np.arange(window_size**2), window_size)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return (dy + window_size - 1) * (2 * window_size - 1) + (dx + window_size - 1)
+
+
+def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndarray:
+    """Which pairs of tokens of the shifted map stay apart: f32[windows, n, n], 0 or -100.
+
+    Rolling the (padded) map by `shift` brings tokens of opposite borders into one window; three
+    bands an axis tell them apart.
+    """
+
+    def bands(length: int) -> np.ndarray:
+        position = np.arange(length)
+        return (position >= length - window_size).astype(int) + (position >= length - shift)
+
+    band = bands(height)[:, None] * 3 + bands(width)[None, :]
+    band = rearrange(
+        band, "(y h) (x w) -> (y x) (h w)", h=window_size, w=window_size
+    )
+    return np.where(band[:, :, None] == band[:, None, :], 0.0, -100.0).astype(np.float32)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a relative-position bias."""
+
+    num_heads: int
+    window_size: int
+    dtype: jnp.dtype = jnp.float32
+    logits_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b m n d"], mask: np.ndarray | None
+    ) -> tuple[Float[Array, "b m n d"], Float[Array, "b m heads n n"]]:
+        """Attends within each of the m windows of n tokens; mask is f32[m, n, n] or None.
+
+        Returns the tokens and the attention weights (softmax over the last axis).
+        """
+        dim = x.shape[-1]
+        head_dim = dim // self.num_heads
+        qkv = nn.Dense(3 * dim, kernel_init=LINEAR_INIT, dtype=self.dtype, name="qkv")(x)
+        query, key, value = rearrange(
+            qkv, "b m n (three heads d) -> three b m heads n d", three=3, heads=self.num_heads
+        )
+        logits = jnp.einsum(
+            "bmhqd,bmhkd->bmhqk", query * head_dim**-0.5, key,
+            preferred_element_type=self.logits_dtype,
+        )
+        table = self.param(
+            "relative_position_bias_table", LINEAR_INIT,
+            ((2 * self.window_size - 1) ** 2, self.num_heads),
+        )
+        bias = table[relative_position_index(self.window_size).reshape(-1)]
+        bias = rearrange(bias, "(q k) heads -> heads q k", q=self.window_size**2)
+        logits += bias.astype(logits.dtype)
+        if mask is not None:
+            logits += mask[:, None].astype(logits.dtype)
+        # The softmax is float32; only its input may be kept in fewer bits.
+        weights = nn.softmax(logits.astype(jnp.float32), axis=-1)
+        out = jnp.einsum("bmhqk,bmhkd->bmqhd", weights.astype(self.dtype), value)
+        out = rearrange(out, "b m n heads d -> b m n (heads d)")
+        return nn.Dense(dim, kernel_init=LINEAR_INIT, dtype=self.dtype, name="proj")(out), weights
+
+
+class SwinBlock(nn.Module):
+    """x + drop_path(attn(norm1(x))), then x + drop_path(mlp(norm2(x)))."""
+
+    num_heads: int
+    window_size: int
+    shift: int
+    mlp_ratio: float
+    drop_path_rate: float
+    dtype: jnp.dtype = jnp.float32
+    logits_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], train: bool, attention: bool
+    ) -> tuple[Float[Array, "b h w d"], Float[Array, "b m heads n n"] | None]:
+        height, width, dim = x.shape[1:]
+        size, shift = self.window_size, self.shift
+
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        # Padding comes after the norm and is not masked: padded tokens take part, as the bias.
+        y = jnp.pad(y, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
+        rows, columns = y.shape[1:3]
+        if shift:
+            y = jnp.roll(y, (-shift, -shift), axis=(1, 2))
+        windows = rearrange(y, "b (y h) (x w) d -> b (y x) (h w) d", h=size, w=size)
+        mask = shift_mask(rows, columns, size, shift) if shift else None
+        windows, weights = WindowAttention(
+            self.num_heads, size, self.dtype, self.logits_dtype, name="attn"
+        )(windows, mask)
+        y = rearrange(
+            windows, "b (y x) (h w) d -> b (y h) (x w) d", y=rows // size, h=size
+        )
+        if shift:
+            y = jnp.roll(y, (shift, shift), axis=(1, 2))
+        y = y[:, :height, :width]
+
+        x = x + DropPath(self.drop_path_rate, name="drop_path1")(y, train)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        y = Mlp(int(dim * self.mlp_ratio), self.dtype, name="mlp")(y)
+        x = x + DropPath(self.drop_path_rate, name="drop_path2")(y, train)
+        return x, weights if attention else None
+
+
+class PatchMerging(nn.Module):
+    """Halves the map and doubles the features."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
+        dim = x.shape[-1]
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        # The published order of the four neighbours: down before right.
+        x = rearrange(x, "b (h y) (w x) d -> b h w (x y d)", y=2, x=2)
+        x = LayerNorm(dtype=self.dtype, name="norm")(x)
+        return nn.Dense(
+            2 * dim, use_bias=False, kernel_init=LINEAR_INIT, dtype=self.dtype, name="reduction"
+        )(x)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to features: a convolution without overlap, then a norm."""
+
+    embed_dim: int
+    patch_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        size = self.patch_size
+        height, width, channels = images.shape[1:]
+        images = jnp.pad(images, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
+        init = uniform_fan_in(size * size * channels)
+        x = nn.Conv(
+            self.embed_dim, (size, size), strides=size, padding="VALID",
+            kernel_init=init, bias_init=init, dtype=self.dtype, name="proj",
+        )(images)
+        return LayerNorm(dtype=self.dtype, name="norm")(x)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then (but for the last stage) patch merging."""
+
+    depth: int
+    num_heads: int
+    window_size: int
+    shift: int
+    mlp_ratio: float
+    drop_path_rates: Sequence[float]
+    downsample: bool
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
+    logits_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w d"], train: bool, attention: bool
+    ) -> tuple[Float[Array, "b h2 w2 d2"], list, list]:
+        """Returns the map for the next stage, and each block's map and attention weights."""
+        block_class = SwinBlock
+        if self.remat != "none":
+            block_class = nn.remat(
+                SwinBlock, static_argnums=(2, 3), policy=REMAT_POLICIES[self.remat]
+            )
+        maps, weights = [], []
+        for j in range(self.depth):
+            x, block_weights = block_class(
+                self.num_heads, self.window_size, self.shift if j % 2 else 0, self.mlp_ratio,
+                self.drop_path_rates[j], self.dtype, self.logits_dtype, name=f"blocks_{j}",
+            )(x, train, attention)
+            maps.append(x)
+            weights.append(block_weights)
+        if self.downsample:
+            x = PatchMerging(self.dtype, name="downsample")(x)
+        return x, maps, weights
+
+
+class Swin(nn.Module):
+    """A Swin backbone: images f32[b, h, w, 3] (any h, w) -> BackboneOutput.
+
+    Attributes:
+      embed_dim: features of the first stage; doubled by every later one.
+      depths, num_heads: blocks and attention heads of each stage.
+      window_size: tokens along a window's side.
+      patch_size: pixels along a patch's side.
+      image_size: pixels; the resolution that windows and shifts are fixed from.
+      mlp_ratio: hidden features of an MLP over its input's.
+      drop_path_rate: of the last block; grows linearly from 0 at the first.
+      dtype: of matrix products and of the maps between blocks.
+      attention_dtype: in which attention logits are kept ("float32" or "bfloat16").
+      remat: what the backward pass computes again: "none", "dots" (all but products with
+        weights) or "block" (whole blocks).
+    """
+
+    embed_dim: int
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    window_size: int = 7
+    patch_size: int = 4
+    image_size: int = 224
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    attention_dtype: str = "float32"
+    remat: str = "none"
+
+    def stage_window(self, stage: int) -> tuple[int, int]:
+        """(window size, shift) of a stage: one window over the map where that covers it."""
+        resolution = self.image_size // self.patch_size // 2**stage
+        if resolution <= self.window_size:
+            return resolution, 0
+        return self.window_size, self.window_size // 2
+
+    @property
+    def num_features(self) -> int:
+        """Features of a view or region."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w c"], train: bool = False, attention: bool = False
+    ) -> BackboneOutput:
+        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
+        x = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, name="patch_embed")(images)
+        maps, weights = [], []
+        for i, depth in enumerate(self.depths):
+            first, last_stage = sum(self.depths[:i]), i == len(self.depths) - 1
+            window_size, shift = self.stage_window(i)
+            x, stage_maps, stage_weights = Stage(
+                depth, self.num_heads[i], window_size, shift, self.mlp_ratio,
+                rates[first : first + depth], not last_stage, self.remat, self.dtype,
+                jnp.dtype(self.attention_dtype), name=f"layers_{i}",
+            )(x, train, attention)
+            maps += stage_maps
+            weights += stage_weights
+
+        norm = LayerNorm(name="norm")  # float32: the losses compare what it returns
+        last = len(maps) - self.depths[-1]
+        maps = maps[:last] + [norm(x) for x in maps[last:]]
+        pooled = tuple(jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in maps)
+        return BackboneOutput(
+            view=pooled[-1],
+            regions=maps[-1],
+            pooled=pooled,
+            attention=tuple(weights) if attention else (),
+        )

@@ -1,0 +1,96 @@
+"""Devices and processes: the only file that knows of them.
+
+Steps are written for one device with collectives over the axis `steps.AXIS`; `lift` runs them on
+all. Batches are numpy arrays [local devices, b, ...]; states are replicated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint.utils import fully_replicated_host_local_array_to_global_array
+
+from esvit_jax.steps import AXIS
+
+
+def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None) -> Callable:
+    """Runs step(replicated, batch) -> replicated on all devices.
+
+    Args:
+      step: pure, for one device; its second argument are arrays [b, ...].
+      mode: "pmap", or "shard_map" (jit of shard_map over a one-axis mesh); both give the same.
+      donate: reuse the first argument's memory for the results.
+      devices: other than all there are.
+
+    Returns:
+      A function of (replicated, [local devices, b, ...]); it has `lower` for ahead-of-time use.
+    """
+    donated = (0,) if donate else ()
+    if mode == "pmap":
+        return jax.pmap(
+            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donated,
+            devices=devices,
+        )
+    mesh = _mesh(devices)
+
+    def on_device(replicated, batch):
+        return step(replicated, jax.tree.map(lambda x: x[0], batch))
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(),
+        # With the check on, gradients of replicated params are summed a second time.
+        check_vma=False,
+    )
+    jitted = jax.jit(mapped, donate_argnums=donated)
+    if jax.process_count() == 1:
+        return jitted
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def from_all_processes(replicated, batch):
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+        )
+        return jitted(replicated, batch)
+
+    return from_all_processes
+
+
+def _mesh(devices: Any = None) -> Mesh:
+    return Mesh(np.asarray(devices or jax.devices()), (AXIS,))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This process's arrays [images, ...] as [local devices, b, ...]; drops what is no array."""
+    count = jax.local_device_count()
+    return {
+        name: rearrange(x, "(d b) ... -> d b ...", d=count)
+        for name, x in batch.items()
+        if isinstance(x, np.ndarray)
+    }
+
+
+def replicated_sharding() -> NamedSharding:
+    """Every device holds the whole array: how states are restored."""
+    return NamedSharding(_mesh(), PartitionSpec())
+
+
+def to_global(state: Any) -> Any:
+    """The state as arrays over all processes, as checkpoints need them."""
+    if jax.process_count() == 1:
+        return state
+    return jax.tree.map(fully_replicated_host_local_array_to_global_array, state)
+
+
+def start_distributed() -> None:
+    """Connects the processes of a run over several hosts, before anything else uses jax.
+
+    TPU pods, Slurm, Open MPI and Kubernetes are recognised by jax; elsewhere
+    JAX_COORDINATOR_ADDRESS names the first host, and launchers set the rest.
+    """
+    jax.distributed.initialize()

@@ -1,0 +1,274 @@
+"""Replays arrays computed by the published implementation with this library's own functions.
+
+    python tests/replay_golden.py tests/data/swin_nano_w7.npz [--json]
+
+Prints how far each array is from ours: relative L2 norm, `max_*` over tensors, `traj_loss` the
+largest relative error of a step.
+"""
+
+import argparse
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from esvit_jax import optim, parallel, steps
+from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
+from esvit_jax.models import EsViT, Swin
+from esvit_jax.state import TrainState, create_state
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """|ours - theirs| / |theirs|, in float64."""
+    ours, theirs = (np.asarray(x, np.float64).ravel() for x in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
+
+
+def build_model(config: dict[str, Any], **fields: Any) -> EsViT:
+    """The golden network; `fields` replace those of `EsViT` (dtype)."""
+    backbone = Swin(
+        embed_dim=config["embed_dim"], depths=tuple(config["depths"]),
+        num_heads=tuple(config["num_heads"]), window_size=config["window_size"],
+        image_size=config["img_size"], **fields,
+    )
+    return EsViT(
+        backbone, num_prototypes=config["out_dim"], hidden_dim=config["head_hidden_dim"],
+        bottleneck_dim=config["head_bottleneck_dim"],
+        norm_last_layer=config["norm_last_layer"], **fields,
+    )
+
+
+def tensors(golden: Any, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays below a prefix, by the rest of their names."""
+    return {k[len(prefix) :]: golden[k] for k in golden.files if k.startswith(prefix)}
+
+
+def normalize(view: np.ndarray) -> np.ndarray:
+    """uint8 -> f32, with the ImageNet constants."""
+    return ((view / 255.0 - MEAN) / STD).astype(np.float32)
+
+
+def given_views(keys: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """In place of the augmentation: the batch holds the views already, images first."""
+    return {name: rearrange(x, "b v ... -> v b ...") for name, x in batch.items()}
+
+
+def views_batch(views: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """uint8 views, globals first, as a batch [b, v, h, w, 3] of floats."""
+    views = [normalize(v) for v in views]
+    size = views[0].shape[1]
+    local = np.stack(views[2:], 1) if views[2:] else np.zeros((len(views[0]), 0, size, size, 3))
+    return {"global": np.stack(views[:2], 1), "local": local.astype(np.float32)}
+
+
+def trajectory_views(config: dict[str, Any], it: int) -> list[np.ndarray]:
+    """The uint8 views of trajectory step `it`."""
+    r = np.random.default_rng(1000 + it)
+    b = config["batch"]
+    sizes = [config["global_size"]] * 2 + [config["local_size"]] * config["local_crops"]
+    base = r.integers(0, 256, (b, 8, 8, 3))
+    views = []
+    for size in sizes:
+        v = np.clip(base + r.integers(-24, 25, (b, 8, 8, 3)), 0, 255).astype(np.uint8)
+        views.append(v.repeat(size // 8, axis=1).repeat(size // 8, axis=2))
+    return views
+
+
+def table(values: np.ndarray) -> optim.Schedule:
+    """A schedule read from an array with one value a step."""
+    values = jnp.asarray(values, jnp.float32)
+    return lambda step: values[step]
+
+
+class Replay:
+    """One golden file, and the library's functions set up for it."""
+
+    def __init__(
+        self, path: str, *, parallel_mode: str = "pmap", chunk: int = 0, devices: int = 1,
+        dtype: str = "float32", accum_steps: int = 1,
+    ):
+        self.golden = np.load(path)
+        self.config = json.loads(str(self.golden["config"]))
+        self.dtype = jnp.dtype(dtype)
+        self.model = build_model(self.config, dtype=self.dtype)
+        self.mode, self.chunk, self.accum_steps = parallel_mode, chunk, accum_steps
+        self.devices = jax.devices()[:devices]
+
+    def step(self, optimizer, teacher_temp) -> Any:
+        """The training step on this replay's devices."""
+        step = functools.partial(
+            steps.train_step, model=self.model, optimizer=optimizer, make_views=given_views,
+            teacher_temp=teacher_temp, center_momentum=0.9, seed=0, student_temp=0.1,
+            chunk=self.chunk, dtype=self.dtype, accum_steps=self.accum_steps,
+        )
+        return parallel.lift(step, self.mode, devices=self.devices)
+
+    def shard(self, batch):
+        """[images, ...] as [devices, b, ...]."""
+        return jax.tree.map(
+            lambda x: rearrange(x, "(d b) ... -> d b ...", d=len(self.devices)), batch
+        )
+
+    def optimizer(self, learning_rate, weight_decay, momentum, frozen_steps):
+        """The library's chain with the golden run's schedules."""
+        return optim.build_optimizer(
+            name="adamw", learning_rate=learning_rate, weight_decay=weight_decay,
+            teacher_momentum=momentum, clip_norm=self.config["clip_grad"],
+            freeze_prototypes_steps=frozen_steps,
+            norm_last_layer=self.config["norm_last_layer"],
+        )
+
+    def outputs(self) -> dict[str, float | None]:
+        """Forward errors of student and teacher."""
+        golden, model = self.golden, self.model
+        batch = views_batch([golden[f"crops/{i}"] for i in range(2 + self.config["local_crops"])])
+        views = given_views(None, batch)
+        stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
+        errors = {}
+        for name, stack in (("student", stacks), ("teacher", stacks[:1])):
+            params = params_from_state_dict(tensors(golden, f"{name}/"))
+            out = jax.jit(model.apply)({"params": params}, stack)
+
+            def rows(stacks):
+                return np.concatenate([rearrange(np.asarray(x), "... d -> (...) d") for x in stacks])
+
+            errors[f"{name}_cls"] = relative_error(
+                rows(out.view) @ out.view_prototypes.T, golden[f"{name}_out/cls"]
+            )
+            errors[f"{name}_region"] = relative_error(
+                rows(out.region) @ out.region_prototypes.T, golden[f"{name}_out/region"]
+            )
+            if name == "student":
+                errors["student_feat"] = relative_error(
+                    rows(out.features), golden["student_out/feat"]
+                )
+        return errors
+
+    def one_step(self) -> dict[str, float | None]:
+        """Errors of losses, centers, gradients, and params after one update."""
+        golden = self.golden
+        student = params_from_state_dict(tensors(golden, "student/"))
+        teacher = params_from_state_dict(tensors(golden, "teacher/"))
+        temp = float(golden["teacher_temp_schedule"][int(golden["epoch"])])
+        centers = {"view": golden["center"][0], "region": golden["center_grid"][0]}
+        batch = views_batch([golden[f"crops/{i}"] for i in range(2 + self.config["local_crops"])])
+
+        # A chain that hands out the gradients: learning rate -1, no clipping, no Adam.
+        views = given_views(None, batch)
+        gradients, _, _, _ = jax.jit(
+            functools.partial(
+                steps.loss_and_gradients, model=self.model, student_temp=0.1, teacher_temp=temp,
+                chunk=self.chunk, dtype=self.dtype,
+            )
+        )(student, teacher, centers, views, jax.random.key(0))
+
+        optimizer = self.optimizer(
+            lambda step: 1e-3, lambda step: 0.04, lambda step: 0.99, frozen_steps=0
+        )
+        state = create_state(self.model, optimizer, student)
+        state = state.replace(
+            opt_state=(*state.opt_state[:-1], optim.TeacherState(teacher)), centers=centers
+        )
+        state, scalars, _ = self.step(optimizer, lambda step: temp)(state, self.shard(batch))
+        return {
+            "view_loss": relative_error(scalars["view_loss"], golden["view_loss"]),
+            "loss": relative_error(scalars["loss"], golden["loss"]),
+            "center": relative_error(state.centers["view"], golden["center_after"]),
+            "center_grid": relative_error(state.centers["region"], golden["center_grid_after"]),
+            "max_grad": max_error(gradients, tensors(golden, "grad/")),
+            "max_student_after": max_error(state.params, tensors(golden, "student_after/")),
+            "max_teacher_after": max_error(state.teacher, tensors(golden, "teacher_after/")),
+        }
+
+    def features(self) -> dict[str, float | None]:
+        """Errors of what the teacher's backbone returns for the first global view."""
+        golden, backbone = self.golden, self.model.backbone
+        params = params_from_state_dict(tensors(golden, "teacher/"))["backbone"]
+        out = jax.jit(functools.partial(backbone.apply, attention=True))(
+            {"params": params}, normalize(golden["crops/0"])
+        )
+        attention = [
+            relative_error(weights[0, : golden[f"attention/{i}"].shape[0]], golden[f"attention/{i}"])
+            for i, weights in enumerate(out.attention)
+            if f"attention/{i}" in golden.files
+        ]
+        return {
+            "pooled": relative_error(out.view, golden["pooled"]),
+            "regions": relative_error(out.regions, golden["regions"]),
+            "last4_features": relative_error(
+                np.concatenate(out.pooled[-4:], axis=-1), golden["last4_features"]
+            ),
+            "max_attention": max(attention) if attention else None,
+        }
+
+    def trajectory(self) -> dict[str, float | None]:
+        """Errors over the whole run of `traj_steps` updates."""
+        golden, config = self.golden, self.config
+        if "traj/loss" not in golden.files:
+            return {"traj_loss": None, "traj_center": None, "max_traj_norm": None}
+        count = len(golden["traj/loss"])
+        steps_per_epoch = count // len(golden["traj/teacher_temp"])
+        temps = golden["traj/teacher_temp"].repeat(steps_per_epoch)
+        optimizer = self.optimizer(
+            table(golden["traj/lr"]), table(golden["traj/wd"]), table(golden["traj/momentum"]),
+            frozen_steps=steps_per_epoch,
+        )
+        student = params_from_state_dict(tensors(golden, "student/"))
+        state: TrainState = create_state(self.model, optimizer, student)
+        step = self.step(optimizer, table(temps))
+        losses = []
+        for it in range(count):
+            batch = views_batch(trajectory_views(config, it))
+            state, scalars, _ = step(state, self.shard(batch))
+            losses.append(float(scalars["loss"]))
+        norms = []
+        for name, params in (("student", state.params), ("teacher", state.teacher)):
+            ours = state_dict_from_params(params)
+            norms += [
+                relative_error(np.linalg.norm(ours[str(parameter)].astype(np.float64)), norm)
+                for parameter, norm in zip(
+                    golden["traj/param_names"], golden[f"traj/{name}_norms"], strict=True
+                )
+            ]
+        relative = np.abs(np.array(losses) / golden["traj/loss"] - 1)
+        centers = np.concatenate([golden["traj/center"][0], golden["traj/center_grid"][0]])
+        return {
+            "traj_loss": float(relative.max()),
+            "traj_center": relative_error(
+                np.concatenate([state.centers["view"], state.centers["region"]]), centers
+            ),
+            "max_traj_norm": max(norms),
+        }
+
+    def errors(self) -> dict[str, float | None]:
+        """All of them, by name."""
+        return self.outputs() | self.one_step() | self.features() | self.trajectory()
+
+
+def max_error(params: Any, theirs: dict[str, np.ndarray]) -> float:
+    """The largest relative error of a tensor; every name must be there."""
+    ours = state_dict_from_params(params)
+    return max(relative_error(ours[name], value) for name, value in theirs.items())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    arguments = parser.parse_args()
+    errors = Replay(arguments.file).errors()
+    for name, error in errors.items():
+        print(f"{name:>20}  {'-' if error is None else f'{error:.2e}'}")
+    if arguments.json:
+        print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""k-NN against the public implementation's numbers and against a loop over single images."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from esvit_jax.config import UserError
+from esvit_jax.evaluate import knn
+from esvit_jax.evaluate.knn import knn_accuracy, knn_table
+
+GOLDEN = Path(__file__).parent / "data" / "knn.npz"
+SPLITS = ("train_features", "train_labels", "test_features", "test_labels")
+
+
+def brute_force(train, train_labels, test, test_labels, ks, temperature=0.07):
+    """One test image, one neighbour, one class at a time, in float64."""
+
+    def unit(x):
+        x = x.astype(np.float64)
+        return x / max(np.sqrt((x**2).sum()), 1e-12)
+
+    classes = range(int(max(train_labels.max(), test_labels.max())) + 1)
+    hits = {f"top{top}/{k}": 0 for k in ks for top in (1, 5)}
+    for x, label in zip(test, test_labels, strict=True):
+        cosines = [float(unit(x) @ unit(y)) for y in train]
+        order = sorted(range(len(train)), key=lambda i: (-cosines[i], i))
+        for k in ks:
+            votes = dict.fromkeys(classes, 0.0)
+            for i in order[:k]:
+                votes[int(train_labels[i])] += np.exp(cosines[i] / temperature)
+            predicted = sorted(classes, key=lambda c: (-votes[c], c))
+            hits[f"top1/{k}"] += predicted[0] == label
+            hits[f"top5/{k}"] += label in predicted[:5]
+    return {name: 100 * count / len(test) for name, count in hits.items()}
+
+
+def random_split(seed, n, m, d, classes):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, d))
+    train_labels, test_labels = rng.integers(0, classes, n), rng.integers(0, classes, m)
+    train = (centres[train_labels] + rng.normal(size=(n, d))).astype(np.float32)
+    test = (centres[test_labels] + rng.normal(size=(m, d))).astype(np.float32)
+    return train, train_labels, test, test_labels
+
+
+@pytest.mark.parametrize("blocks", [(8192, 512), (97, 64), (1199, 299), (128, 1)])
+def test_public_numbers(blocks):
+    golden = np.load(GOLDEN)
+    train_block, test_block = blocks
+    result = knn_accuracy(
+        *(golden[name] for name in SPLITS), train_block=train_block, test_block=test_block
+    )
+    assert list(result) == [f"top{top}/{k}" for k in (10, 20, 100, 200) for top in (1, 5)]
+    for name, percent in result.items():
+        assert percent == pytest.approx(float(golden[name]), abs=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "classes"),
+    [
+        (61, 7, 5, 9),  # blocks that divide nothing
+        (3, 10, 4, 3),  # fewer train images than any k
+        (50, 1, 6, 7),  # one test image
+        (1, 1, 1, 1),
+        (40, 10, 3, 1),  # one class
+        (40, 30, 3, 4),  # fewer than five classes
+    ],
+)
+def test_equals_loop(n, m, d, classes):
+    split = random_split(n + m, n, m, d, classes)
+    ks = (1, 5, 20)
+    expected = brute_force(*split, ks)
+    assert knn_accuracy(*split, ks=ks, train_block=16, test_block=4) == pytest.approx(expected)
+    assert knn_accuracy(*split, ks=ks) == pytest.approx(expected)
+    if classes == 1:
+        assert set(expected.values()) == {100.0}
+
+
+def test_temperature_matters_and_small_ones_do_not_overflow():
+    # One near neighbour of class 0 against two farther ones of class 1.
+    train = np.array([[1, 0], [1, 0.5], [1, 0.5]], np.float32)
+    labels = np.array([0, 1, 1])
+    test, truth = np.array([[1, 0]], np.float32), np.array([0])
+    for temperature, percent in ((1.0, 0.0), (0.07, 100.0), (1e-4, 100.0)):
+        result = knn_accuracy(train, labels, test, truth, ks=(3,), temperature=temperature)
+        assert result["top1/3"] == percent
+
+
+def test_ties_go_to_the_lower_index_and_class():
+    train = np.ones((4, 2), np.float32)
+    test, truth = np.ones((1, 2), np.float32), np.array([1])
+    for train_block in (1, 3, 8):
+        # The nearest of four equal images is the first: class 1.
+        first = knn_accuracy(
+            train, np.array([1, 0, 0, 0]), test, truth, ks=(1,), train_block=train_block
+        )
+        assert first["top1/1"] == 100
+        # Two votes each: class 0 wins.
+        even = knn_accuracy(
+            train, np.array([1, 1, 0, 0]), test, truth, ks=(4,), train_block=train_block
+        )
+        assert even["top1/4"] == 0
+        assert even["top5/4"] == 100
+
+
+def test_zero_features_are_similar_to_nothing():
+    train = np.array([[0, 0], [-1, 0], [0, 0]], np.float32)
+    labels = np.array([0, 1, 2])
+    test = np.array([[1, 0], [0, 0]], np.float32)
+    # Cosine 0 to the zeros, -1 to the opposite one; all 0 for the zero test vector.
+    result = knn_accuracy(train, labels, test, np.array([0, 0]), ks=(1,))
+    assert result["top1/1"] == 100
+
+
+def test_class_unknown_to_the_train_split_is_a_miss():
+    split = (np.eye(7, dtype=np.float32), np.arange(7), np.eye(7, dtype=np.float32)[:2])
+    result = knn_accuracy(*split, np.array([8, 1]), ks=(3,))
+    assert result == {"top1/3": 50.0, "top5/3": 50.0}
+
+
+def test_no_array_grows_with_test_times_train():
+    """The only arrays of the device step with both axes are a block, whatever n and m are."""
+    split = random_split(0, 300, 200, 4, 3)
+    seen = set()
+    merge = knn._merge
+
+    def spy(similarity, labels, test, train, train_labels):
+        seen.add((similarity.shape, labels.shape, test.shape, train.shape, train_labels.shape))
+        return merge(similarity, labels, test, train, train_labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn, "_merge", spy)
+        knn_accuracy(*split, ks=(10,), train_block=64, test_block=32)
+    assert seen == {((32, 10), (32, 10), (32, 4), (64, 4), (64,))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": np.array([0, -1, 1])}, r"train_split: 1 of 3 images have no label"),
+        ({"test_labels": np.array([-1, -1])}, r"test_split: 2 of 2 images have no label"),
+        ({"test_labels": np.array([0, 5])}, r"test_split: label 5 does not fit 2 classes"),
+        ({"ks": (10, 0)}, r"config.evaluate.k: \(10, 0\)"),
+        ({"ks": ()}, r"config.evaluate.k: \(\)"),
+        (
+            {"test_features": np.array([[1, np.nan], [0, 1]], np.float32)},
+            r"test split: 1 of 2 vectors are not finite",
+        ),
+        (
+            {"test_features": np.zeros((0, 2), np.float32), "test_labels": np.zeros(0, int)},
+            r"test_split: no images",
+        ),
+    ],
+)
+def test_refuses(change, message):
+    arguments = {
+        "train_features": np.eye(3, 2, dtype=np.float32),
+        "train_labels": np.array([0, 1, 1]),
+        "test_features": np.eye(2, dtype=np.float32),
+        "test_labels": np.array([0, 1]),
+        "num_classes": 2,
+    } | change
+    with pytest.raises(UserError, match=message):
+        knn_accuracy(**arguments)
+
+
+def test_table():
+    screen = io.StringIO()
+    console = Console(file=screen, width=60)
+    console.print(knn_table({"top1/10": 72.3333, "top5/10": 98, "top1/20": 8, "top5/20": 9.996}))
+    rows = [line for line in screen.getvalue().splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    assert cells == [["10", "72.33", "98.00"], ["20", "8.00", "10.00"]]
