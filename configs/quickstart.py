@@ -1,11 +1,9 @@
 """A small Swin on the bundled images: a CPU, minutes, no network.
 
-    esvit train --config=configs/quickstart.py --workdir=runs/quickstart
+esvit train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from ml_collections import ConfigDict
-
-from esvit_jax.config import default_config
+from esvit_jax.config import ConfigDict, default_config
 
 
 def get_config() -> ConfigDict:

@@ -8,6 +8,10 @@ from esvit_jax.config import UserError
 COMMANDS = {
     "train": ("esvit_jax.train", "train a backbone, or go on with an interrupted run"),
     "knn": ("esvit_jax.evaluate.knn", "classify by nearest neighbours in feature space"),
+    "embed": ("esvit_jax.evaluate.embed", "write the features of every image to a file"),
+    "convert": ("esvit_jax.interop.convert", "turn a published checkpoint into one of ours"),
+    "export": ("esvit_jax.interop.export", "write a backbone for other libraries"),
+    "plan": ("esvit_jax.plan", "say what a run needs on a TPU that is not here"),
 }
 
 

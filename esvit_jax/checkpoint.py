@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from esvit_jax import config as config_lib
 from esvit_jax import parallel
-from esvit_jax.config import UserError
+from esvit_jax.config import ConfigDict, UserError
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.optim import TeacherState
 from esvit_jax.state import TrainState, init_params, zero_centers
@@ -33,7 +32,11 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str, *, every_steps: int = 1, keep: int | None = None,
+        self,
+        workdir: str,
+        *,
+        every_steps: int = 1,
+        keep: int | None = None,
         keep_every_steps: int | None = None,
     ):
         self._manager = ocp.CheckpointManager(
@@ -112,29 +115,37 @@ def _absolute(workdir: str | os.PathLike) -> epath.Path:
     return path if "://" in str(workdir) else path.absolute()
 
 
-def write_config(workdir: str | os.PathLike, config: ConfigDict, facts: dict[str, Any]) -> None:
+def write_config(
+    workdir: str | os.PathLike,
+    config: ConfigDict,
+    facts: dict[str, Any],
+    name: str = "config.json",
+) -> None:
     """Writes `workdir/config.json`, whole or not at all.
 
     Args:
       workdir: made if it is not there.
       config: all fields, by their dotted names.
       facts: what else describes the run (steps per epoch, classes, …), under "facts".
+      name: of the file, where another library wants that one for itself.
     """
     directory = _absolute(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"config": config_lib.flatten(config), "facts": facts}, indent=1)
-    temporary = directory / f"config.json.{os.getpid()}.tmp"
+    temporary = directory / f"{name}.{os.getpid()}.tmp"
     temporary.write_text(text + "\n")
-    temporary.replace(directory / "config.json")
+    temporary.replace(directory / name)
 
 
-def read_config(workdir: str | os.PathLike) -> tuple[ConfigDict, dict[str, Any]] | None:
+def read_config(
+    workdir: str | os.PathLike, name: str = "config.json"
+) -> tuple[ConfigDict, dict[str, Any]] | None:
     """What `write_config` wrote, or None where there is no such file.
 
     Raises:
       UserError: the file is there but is not one of ours.
     """
-    path = _absolute(workdir) / "config.json"
+    path = _absolute(workdir) / name
     if not path.exists():
         return None
     try:
@@ -160,6 +171,9 @@ class LoadedModel(NamedTuple):
       student, teacher: params {"backbone", "view_head", "region_head"}.
       centers: {"view": f32[k], "region": f32[k]}.
       step: training steps behind it.
+
+    Where `facts["parts"]` is "backbone" (a converted backbone), student and teacher are the same
+    {"backbone"} and the centers are {}.
     """
 
     config: ConfigDict
@@ -169,6 +183,11 @@ class LoadedModel(NamedTuple):
     teacher: Any
     centers: Any
     step: int
+
+    @property
+    def params(self) -> Any:
+        """The network to evaluate: the teacher, unless it was converted with --key=student."""
+        return self.student if self.facts.get("key") == "student" else self.teacher
 
 
 def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
@@ -188,10 +207,10 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
     model = create_model(config)
     with ocp.CheckpointManager(
         _absolute(workdir) / "checkpoints",
-        options=ocp.CheckpointManagerOptions(read_only=True),
+        options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
         item_names=("model", "training"),
     ) as manager:
-        steps = manager.all_steps(read=True)
+        steps = manager.all_steps()
         if not steps or (step is not None and step not in steps):
             have = f"it has steps {sorted(steps)}" if steps else "it has none"
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -199,6 +218,8 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
         step = max(steps) if step is None else step
         params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
+        if facts.get("parts") == "backbone":
+            shapes = {"teacher": {"backbone": params["backbone"]}}
         try:
             items = manager.restore(
                 step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
@@ -207,15 +228,29 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
             raise UserError(
                 f"{workdir}: checkpoint {step} does not fit its config.json: {error}"
             ) from error
-    return LoadedModel(config, facts, model, **items["model"], step=step)
+    arrays = items["model"]
+    if facts.get("parts") == "backbone":
+        arrays |= {"student": arrays["teacher"], "centers": {}}
+    return LoadedModel(config, facts, model, **arrays, step=step)
 
 
 def save_model(
-    directory: str | os.PathLike, *, config: ConfigDict, facts: dict[str, Any],
-    student: Any, teacher: Any, centers: Any, step: int = 0,
+    directory: str | os.PathLike,
+    *,
+    config: ConfigDict,
+    facts: dict[str, Any],
+    teacher: Any,
+    student: Any = None,
+    centers: Any = None,
+    step: int = 0,
 ) -> None:
-    """Writes a directory that `load_model` reads: a converted checkpoint."""
+    """Writes a directory that `load_model` reads: a converted checkpoint.
+
+    With `facts["parts"] = "backbone"` there is a teacher {"backbone"} only.
+    """
     model = {"student": student, "teacher": teacher, "centers": centers}
+    if facts.get("parts") == "backbone":
+        model = {"teacher": teacher}
     with ocp.CheckpointManager(
         _absolute(directory) / "checkpoints", item_names=("model", "training")
     ) as manager:

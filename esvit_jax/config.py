@@ -8,10 +8,21 @@ anything is compiled.
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import config_dict, config_flags
+
+if TYPE_CHECKING:
+    # The real one types a field as a union of all that fields can hold, of which a checker can
+    # make nothing.
+    class ConfigDict(dict[str, Any]):
+        """Fields by attribute or name."""
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+else:
+    from ml_collections import ConfigDict
 
 
 class UserError(ValueError):
@@ -113,7 +124,7 @@ def default_config() -> ConfigDict:
     config.evaluate.crop = 0.875  # share of the shorter side that the centre crop keeps
     config.evaluate.batch_size = 256  # images a batch, over all devices and processes
     config.evaluate.k = (10, 20, 100, 200)  # neighbours that vote
-    return config
+    return config.lock()  # a misspelt field is an error
 
 
 def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
@@ -126,6 +137,8 @@ def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
     try:
         rest = values(["", *argv], known_only=True)[1:]
+        if holder.value is not None:
+            holder.value.lock()  # a file that did not open is only reported when it is used
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if holder.value is None:
@@ -138,7 +151,8 @@ def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
 FREE_FIELDS = (
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
-    "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir", "data.test_split",
+    "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
+    "data.test_split",
     "data.num_workers", "data.num_threads", "data.max_bad_records", "evaluate",
 )  # fmt: skip
 
@@ -207,10 +221,14 @@ def check(config: ConfigDict) -> None:
 
     def require(field: str, holds: Any, wanted: str) -> None:
         value = _get(config, field)
-        if not holds(value):
+        try:
+            holding = holds(value)
+        except TypeError:  # such as text among numbers
+            holding = False
+        if not holding:
             raise UserError(f"config.{field} = {value!r}: it must be {wanted}")
 
-    def at_least(low: float, *fields: str) -> None:
+    def at_least(low: int, *fields: str) -> None:
         for field in fields:
             require(field, lambda x: math.isfinite(x) and x >= low, f"at least {low}")
 
@@ -236,8 +254,8 @@ def check(config: ConfigDict) -> None:
     one_of("optimizer.name", "adamw", "sgd", "lars")
     one_of("backbone.attention_dtype", None, "float32", "bfloat16")
     at_least(
-        1, "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-        "checkpoint_keep", "evaluate.batch_size", "head.num_prototypes", "head.hidden_dim",
+        1, "batch_size", "accum_steps", "max_bad_steps", "log_every_steps",
+        "checkpoint_every_steps", "checkpoint_keep", "evaluate.batch_size", "head.num_prototypes", "head.hidden_dim",
         "head.bottleneck_dim", "data.num_threads", "views.global_size", "views.local_size",
     )  # fmt: skip
     at_least(
@@ -256,9 +274,21 @@ def check(config: ConfigDict) -> None:
         "optimizer.teacher_momentum", "optimizer.final_teacher_momentum", "evaluate.crop",
         "views.hue",
     )  # fmt: skip
-    for field in ("total_steps", "checkpoint_keep_every_steps", "evaluate.size"):
+    for field in (
+        "total_steps", "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
+        "backbone.window_size", "backbone.patch_size", "backbone.image_size",
+    ):  # fmt: skip
         if _get(config, field) is not None:
             at_least(1, field)
+    for field in ("backbone.depths", "backbone.num_heads"):
+        if _get(config, field) is not None:
+            require(
+                field,
+                lambda x: len(x) and all(isinstance(n, int) and n >= 1 for n in x),
+                "whole numbers from 1, one for each stage",
+            )
+    if config.backbone.drop_path_rate is not None:
+        require("backbone.drop_path_rate", lambda x: 0 <= x < 1, "at least 0 and less than 1")
     interval("views.global_scale", 0.0, 1.0)
     interval("views.local_scale", 0.0, 1.0)
     interval("views.ratio", 0.0, math.inf)

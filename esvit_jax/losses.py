@@ -20,8 +20,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def match_regions(
     *,
-    student_features: Float[Array, "*b s d"],
-    teacher_features: Float[Array, "*b t d"],
+    student_features: Float[Array, "*#b s d"],
+    teacher_features: Float[Array, "*#b t d"],
 ) -> Int[Array, "*b s"]:
     """The teacher region of largest cosine similarity for every student region (paper, sec. 3.2).
 
@@ -88,7 +88,7 @@ def region_loss(
       teacher_features: f32[2, b, m, f], the backbone's region features.
       student_temp: of the student's softmax.
     """
-    total, pairs, first = 0.0, 0.0, 0
+    total, pairs, first = jnp.zeros(()), 0.0, 0
     for vectors, normalizers, features in zip(
         student, log_normalizer, student_features, strict=True
     ):

@@ -25,9 +25,7 @@ def cosine_schedule(base: float, final: float, steps: int) -> Schedule:
     return schedule
 
 
-def warmup_cosine_schedule(
-    peak: float, final: float, warmup_steps: int, steps: int
-) -> Schedule:
+def warmup_cosine_schedule(peak: float, final: float, warmup_steps: int, steps: int) -> Schedule:
     """A line from 0 to peak (both included) over the warm-up, then a cosine over the rest."""
     cosine = cosine_schedule(peak, final, max(1, steps - warmup_steps))
 
@@ -66,11 +64,13 @@ def decayed(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def scale_by_schedule(schedule: Schedule, sign: float = 1.0) -> optax.GradientTransformationExtraArgs:
+def scale_by_schedule(
+    schedule: Schedule, sign: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by sign * schedule(step)."""
 
-    def update(updates, state, params=None, *, step, **_):
-        factor = sign * schedule(step)
+    def update(updates, state, params=None, **extra):
+        factor = sign * schedule(extra["step"])
         return jax.tree.map(lambda u: factor * u, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
@@ -79,8 +79,8 @@ def scale_by_schedule(schedule: Schedule, sign: float = 1.0) -> optax.GradientTr
 def add_weight_decay(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """Adds schedule(step) * param to the updates of `decayed` tensors."""
 
-    def update(updates, state, params=None, *, step, **_):
-        factor = schedule(step)
+    def update(updates, state, params=None, **extra):
+        factor = schedule(extra["step"])
         return jax.tree.map(
             lambda u, p, on: u + factor * p if on else u, updates, params, decayed(params)
         ), state
@@ -91,7 +91,7 @@ def add_weight_decay(schedule: Schedule) -> optax.GradientTransformationExtraArg
 class AdamState(NamedTuple):
     """First and second moments, and how many updates they have seen."""
 
-    count: jax.Array
+    steps: jax.Array
     mu: Any
     nu: Any
 
@@ -112,15 +112,15 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         )
 
     def update(updates, state, params=None):
-        count = state.count + 1
+        steps = state.steps + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        correction1 = -jnp.expm1(count * math.log(b1))
-        correction2 = -jnp.expm1(count * math.log(b2))
+        correction1 = -jnp.expm1(steps * math.log(b1))
+        correction2 = -jnp.expm1(steps * math.log(b2))
         directions = jax.tree.map(
             lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + eps), mu, nu
         )
-        return directions, AdamState(count, mu, nu)
+        return directions, AdamState(steps, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -131,9 +131,9 @@ def frozen_until(
     """Before `first_step`: no updates, and the inner state (moments, counts) stays as it was."""
     inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, *, step, **extra):
-        new_updates, new_state = inner.update(updates, state, params, step=step, **extra)
-        frozen = step < first_step
+    def update(updates, state, params=None, **extra):
+        new_updates, new_state = inner.update(updates, state, params, **extra)
+        frozen = extra["step"] < first_step
         return (
             jax.tree.map(lambda u: jnp.where(frozen, 0.0, u), new_updates),
             jax.tree.map(lambda old, new: jnp.where(frozen, old, new), state, new_state),
@@ -158,9 +158,9 @@ def teacher_ema(momentum: Schedule) -> optax.GradientTransformationExtraArgs:
         # Copies: shared buffers cannot be donated twice.
         return TeacherState(jax.tree.map(jnp.copy, params))
 
-    def update(updates, state, params=None, *, step, **_):
-        m = momentum(step)
-        student = optax.apply_updates(params, updates)
+    def update(updates, state, params=None, **extra):
+        m = momentum(extra["step"])
+        student = jax.tree.map(jnp.add, params, updates)
         teacher = jax.tree.map(lambda t, s: m * t + (1.0 - m) * s, state.params, student)
         return updates, TeacherState(teacher)
 
@@ -173,7 +173,7 @@ def teacher_params(opt_state: Any) -> Any:
 
 
 def param_groups(params: Any, norm_last_layer: bool) -> Any:
-    """"prototypes" for the last layers of the heads, "fixed" for norms kept at 1, else "rest"."""
+    """ "prototypes" for the last layers of the heads, "fixed" for norms kept at 1, else "rest"."""
 
     def group(path, _):
         names = [key.key for key in path]

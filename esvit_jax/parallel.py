@@ -31,7 +31,11 @@ def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None
     donated = (0,) if donate else ()
     if mode == "pmap":
         return jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donated,
+            step,
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            donate_argnums=donated,
             devices=devices,
         )
     mesh = _mesh(devices)
@@ -53,9 +57,7 @@ def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def from_all_processes(replicated, batch):
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-        )
+        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
         return jitted(replicated, batch)
 
     return from_all_processes
@@ -80,9 +82,20 @@ def replicated_sharding() -> NamedSharding:
     return NamedSharding(_mesh(), PartitionSpec())
 
 
+def replicate(state: Any, mode: str) -> Any:
+    """The state as a lifted step returns it, so that its first call is compiled like the others."""
+    if jax.process_count() == 1:
+        return jax.device_put(state, replicated_sharding())
+    state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
+    if mode == "pmap":
+        return jax.device_put(state, NamedSharding(_mesh(jax.local_devices()), PartitionSpec()))
+    sharding = replicated_sharding()
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), state)
+
+
 def to_global(state: Any) -> Any:
     """The state as arrays over all processes, as checkpoints need them."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or not all(x.is_fully_addressable for x in jax.tree.leaves(state)):
         return state
     return jax.tree.map(fully_replicated_host_local_array_to_global_array, state)
 

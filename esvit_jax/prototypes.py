@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -36,9 +37,12 @@ def _unchunk(chunks: Float[Array, "c size d"], k: int) -> Float[Array, "k d"]:
     return chunks.reshape(-1, chunks.shape[-1])[:k]
 
 
-def _logits(rows, prototypes, offset, temp, dtype) -> Float[Array, "rows size"]:
+def _logits(rows, chunk, temp, dtype) -> Float[Array, "rows size"]:
+    prototypes, offset = chunk
     products = jnp.einsum(
-        "rd,kd->rk", rows.astype(dtype), prototypes.astype(dtype),
+        "rd,kd->rk",
+        rows.astype(dtype),
+        prototypes.astype(dtype),
         preferred_element_type=jnp.float32,
     )
     return products / temp + offset
@@ -77,7 +81,7 @@ def log_normalizer(
     prototypes: Float[Array, "k d"],
     temp: float,
     chunk: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """log sum_k exp(z . w_k / temp) of every row z, and the entropy of its softmax.
 
@@ -96,7 +100,7 @@ def log_normalizer(
 
 def _log_normalizer_forward(rows, prototypes, temp, chunk, dtype):
     def body(carry, xs):
-        return _softmax_step(carry, _logits(rows, *xs, temp, dtype))[0], None
+        return _softmax_step(carry, _logits(rows, xs, temp, dtype))[0], None
 
     start = _softmax_start(rows.shape[0])
     (top, total, total_logit), _ = jax.lax.scan(body, start, _chunks(prototypes, chunk))
@@ -109,7 +113,7 @@ def _log_normalizer_backward(temp, chunk, dtype, residuals, gradients):
     gradient, _ = gradients
 
     def body(rows_gradient, xs):
-        probs = jnp.exp(_logits(rows, *xs, temp, dtype) - log_total[:, None])
+        probs = jnp.exp(_logits(rows, xs, temp, dtype) - log_total[:, None])
         weighted = probs * (gradient / temp)[:, None]
         rows_gradient += _matmul("rk,kd->rd", weighted, xs[0], dtype)
         return rows_gradient, _matmul("rk,rd->kd", weighted, rows, dtype)
@@ -131,7 +135,7 @@ def expected_prototypes(
     center: Float[Array, " k"],
     temp: Float[Array, ""] | float,
     chunk: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "rows d"], Float[Array, " rows"]]:
     """e = sum_k q_k w_k with q = softmax((t . w'_k - c_k) / temp) of every teacher row t.
 
@@ -160,21 +164,21 @@ def _teacher_chunks(teacher_prototypes, center, temp, chunk):
     return chunks, offset - center / temp
 
 
-def _expected_forward(
-    rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype
-):
+def _expected_forward(rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype):
     def body(carry, xs):
         softmax, expected = carry
         teacher_chunk, offset, student_chunk = xs
         softmax, exps, scale = _softmax_step(
-            softmax, _logits(rows, teacher_chunk, offset, temp, dtype)
+            softmax, _logits(rows, (teacher_chunk, offset), temp, dtype)
         )
         expected *= scale[:, None]
         return (softmax, expected + _matmul("rk,kd->rd", exps, student_chunk, dtype)), None
 
     start = (_softmax_start(rows.shape[0]), jnp.zeros(rows.shape, jnp.float32))
-    xs = (*_teacher_chunks(teacher_prototypes, center, temp, chunk),
-          _chunks(student_prototypes, chunk)[0])
+    xs = (
+        *_teacher_chunks(teacher_prototypes, center, temp, chunk),
+        _chunks(student_prototypes, chunk)[0],
+    )
     ((top, total, total_logit), expected), _ = jax.lax.scan(body, start, xs)
     log_total = top + jnp.log(total)
     outputs = (expected / total[:, None], log_total - total_logit / total)
@@ -186,7 +190,7 @@ def _expected_backward(chunk, dtype, residuals, gradients):
     gradient, _ = gradients
 
     def body(_, xs):
-        probs = jnp.exp(_logits(rows, *xs, temp, dtype) - log_total[:, None])
+        probs = jnp.exp(_logits(rows, xs, temp, dtype) - log_total[:, None])
         return None, _matmul("rk,rd->kd", probs, gradient, dtype)
 
     _, chunk_gradients = jax.lax.scan(
@@ -194,8 +198,11 @@ def _expected_backward(chunk, dtype, residuals, gradients):
     )
     student_gradient = _unchunk(chunk_gradients, student_prototypes.shape[0])
     return (
-        jnp.zeros_like(rows), jnp.zeros_like(teacher_prototypes), student_gradient,
-        jnp.zeros_like(center), jnp.zeros_like(temp),
+        jnp.zeros_like(rows),
+        jnp.zeros_like(teacher_prototypes),
+        student_gradient,
+        jnp.zeros_like(center),
+        jnp.zeros_like(temp),
     )
 
 
@@ -206,6 +213,4 @@ def mean_logits(
     rows: Float[Array, "rows d"], prototypes: Float[Array, "k d"]
 ) -> Float[Array, " k"]:
     """Mean over rows of their logits: the mean row's logits, since logits are linear."""
-    return jnp.einsum(
-        "d,kd->k", rows.mean(axis=0), prototypes, precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("d,kd->k", rows.mean(axis=0), prototypes, precision=jax.lax.Precision.HIGHEST)

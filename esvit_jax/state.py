@@ -49,9 +49,7 @@ def zero_centers(model: EsViT) -> dict[str, jax.Array]:
     return {head: jnp.zeros(model.num_prototypes) for head in heads}
 
 
-def create_state(
-    model: EsViT, optimizer: optax.GradientTransformation, params: Any
-) -> TrainState:
+def create_state(model: EsViT, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """The state before the first step, student and teacher both at `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from esvit_jax import losses, prototypes
@@ -31,7 +32,7 @@ def pair_losses(
     student_temp: float,
     teacher_temp: Array,
     chunk: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Array, dict[str, Array]]:
     """Loss of a student's views against a teacher's global views: both halves, or the view's.
 
@@ -41,20 +42,29 @@ def pair_losses(
     """
 
     def teacher_side(vectors, head):
-        expected, entropy = prototypes.expected_prototypes(
+        result: Any = prototypes.expected_prototypes(
             rearrange(vectors, "... d -> (...) d"),
-            getattr(teacher, f"{head}_prototypes"), getattr(student, f"{head}_prototypes"),
-            centers[head], teacher_temp, chunk, dtype,
+            getattr(teacher, f"{head}_prototypes"),
+            getattr(student, f"{head}_prototypes"),
+            centers[head],
+            teacher_temp,
+            chunk,
+            dtype,
         )
+        expected, entropy = result
         return expected.reshape(vectors.shape), entropy.mean()
 
     def student_side(stacks, head):
         """Log-normalisers of all stacks, in one pass over the prototypes."""
         rows = [rearrange(x, "... d -> (...) d") for x in stacks]
-        normalizer, entropy = prototypes.log_normalizer(
-            jnp.concatenate(rows), getattr(student, f"{head}_prototypes"),
-            student_temp, chunk, dtype,
+        result: Any = prototypes.log_normalizer(
+            jnp.concatenate(rows),
+            getattr(student, f"{head}_prototypes"),
+            student_temp,
+            chunk,
+            dtype,
         )
+        normalizer, entropy = result
         ends = np.cumsum([len(r) for r in rows])[:-1]
         parts = jnp.split(normalizer, ends)
         return [n.reshape(x.shape[:-1]) for n, x in zip(parts, stacks, strict=True)], entropy.mean()
@@ -113,11 +123,12 @@ def loss_and_gradients(
     Returns:
       Gradients, scalars, the teacher's mean logits {head: f32[k]}, and its view features f32[b, d].
     """
-    teacher = model.apply({"params": teacher_params}, [views["global"]])
+    apply: Callable[..., Any] = model.apply
+    teacher = apply({"params": teacher_params}, [views["global"]])
 
     def loss_of(params):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        student = model.apply({"params": params}, stacks, True, rngs={"drop_path": drop_key})
+        student = apply({"params": params}, stacks, True, rngs={"drop_path": drop_key})
         loss, scalars = pair_losses(
             student=student, teacher=teacher, centers=centers, **loss_fields
         )
@@ -141,7 +152,7 @@ def train_step(
     batch: dict[str, Array],
     *,
     model: EsViT,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     make_views: Callable[[Array, dict[str, Array]], dict[str, Array]],
     teacher_temp: Schedule,
     center_momentum: float,
@@ -180,8 +191,14 @@ def train_step(
     def run(part):
         keys, part_batch, key = part
         return loss_and_gradients(
-            state.params, state.teacher, state.centers, make_views(keys, part_batch), key,
-            model=model, teacher_temp=teacher_temp(state.step), **loss_fields,
+            state.params,
+            state.teacher,
+            state.centers,
+            make_views(keys, part_batch),
+            key,
+            model=model,
+            teacher_temp=teacher_temp(state.step),
+            **loss_fields,
         )
 
     parts = jax.tree.map(
@@ -194,10 +211,8 @@ def train_step(
     features = jax.lax.all_gather(features, AXIS, tiled=True)
 
     # 3. Clip, optimiser, then the teacher follows the new student.
-    scalars["gradient_norm"] = optax.global_norm(gradients)
-    updates, opt_state = optimizer.update(
-        gradients, state.opt_state, state.params, step=state.step
-    )
+    scalars["gradient_norm"] = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)
 
     # 4. Centers, for the next step's loss.
@@ -213,7 +228,8 @@ def train_step(
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["gradient_norm"])
     params, opt_state, centers = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, centers), (state.params, state.opt_state, state.centers),
+        (params, opt_state, centers),
+        (state.params, state.opt_state, state.centers),
     )
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     skipped_steps = state.skipped_steps + ~finite
@@ -252,7 +268,5 @@ def feature_step(
     Returns:
       {"features": what it returned, "label": int32[images], "mask": bool[images]}, gathered.
     """
-    result = {
-        "features": extract(params, batch), "label": batch["label"], "mask": batch["mask"]
-    }
+    result = {"features": extract(params, batch), "label": batch["label"], "mask": batch["mask"]}
     return jax.lax.all_gather(result, AXIS, tiled=True)

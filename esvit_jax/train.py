@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from esvit_jax import checkpoint, metrics, optim, parallel, steps
-from esvit_jax.config import RunNumbers, UserError, differences, parse_config, resolve
+from esvit_jax.config import ConfigDict, RunNumbers, UserError, differences, parse_config, resolve
 from esvit_jax.data.augment import augment
-from esvit_jax.data.loader import train_batches
+from esvit_jax.data.loader import eval_batches, train_batches
 from esvit_jax.data.sources import open_source
 from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
 from esvit_jax.evaluate.knn import knn_accuracy
+from esvit_jax.interop.initialize import init_from
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.state import TrainState, create_state, init_params
 
@@ -39,15 +39,15 @@ def build(config: ConfigDict, numbers: RunNumbers) -> tuple[EsViT, Any, Any, dic
         "learning_rate": optim.warmup_cosine_schedule(
             n.peak_learning_rate, c.min_learning_rate, n.warmup_steps, n.total_steps
         ),
-        "weight_decay": optim.cosine_schedule(
-            c.weight_decay, c.final_weight_decay, n.total_steps
-        ),
+        "weight_decay": optim.cosine_schedule(c.weight_decay, c.final_weight_decay, n.total_steps),
         "teacher_momentum": optim.cosine_schedule(
             c.teacher_momentum, c.final_teacher_momentum, n.total_steps
         ),
         "teacher_temp": optim.epoch_line_schedule(
-            config.loss.warmup_teacher_temp, config.loss.teacher_temp,
-            config.loss.warmup_teacher_temp_epochs, n.steps_per_epoch,
+            config.loss.warmup_teacher_temp,
+            config.loss.teacher_temp,
+            config.loss.warmup_teacher_temp_epochs,
+            n.steps_per_epoch,
         ),
     }
     model = create_model(config)
@@ -102,25 +102,24 @@ def train(config: ConfigDict, workdir: str, console: Any = None) -> dict[str, fl
     # 2. The state: the newest checkpoint's, or a new one.
     first = jax.process_index() == 0
     checkpoints = checkpoint.Checkpoints(
-        workdir, every_steps=config.checkpoint_every_steps, keep=config.checkpoint_keep,
+        workdir,
+        every_steps=config.checkpoint_every_steps,
+        keep=config.checkpoint_keep,
         keep_every_steps=config.checkpoint_keep_every_steps,
     )
     resume_step = checkpoints.latest_step()
-    progress = metrics.Progress(
-        numbers.total_steps, first_step=resume_step or 0, console=console
-    )
+    progress = metrics.Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
     say = progress.print if first else (lambda message: None)
     describe(say, config, numbers, workdir, resume_step)
-    params = init_params(model, jax.random.key(config.seed))
-    state = create_state(model, optimizer, params)
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(config.seed))
+    if config.init_from and resume_step is None:
+        params, report = init_from(params, config.init_from, config.init_parts)
+        say(report)
+    state = jax.jit(functools.partial(create_state, model, optimizer))(params)
     if resume_step is not None:
         state = checkpoints.restore(state)
-    elif config.init_from:
-        from esvit_jax.interop.initialize import init_from
-
-        params, report = init_from(params, config.init_from, config.init_parts)
-        state = create_state(model, optimizer, params)
-        say(report)
+    state = parallel.replicate(state, config.parallel)
+    del params
 
     # 3. Baselines, once.
     writer = metrics.MetricWriter(workdir, resume_step=resume_step, enabled=first)
@@ -158,7 +157,7 @@ def train(config: ConfigDict, workdir: str, console: Any = None) -> dict[str, fl
             state, scalars, features = lifted(state, parallel.shard(model_inputs(batch)))
             in_flight.append((i, scalars, batch))
             if len(in_flight) > 2:
-                stop_if_bad(config, workdir, state, *in_flight.popleft(), say)
+                stop_if_bad(config, workdir, state, in_flight.popleft(), say)
             if i == start:  # the clock is to measure steps, not compilation
                 jax.block_until_ready(scalars)
                 clock.restart()
@@ -193,7 +192,7 @@ def train(config: ConfigDict, workdir: str, console: Any = None) -> dict[str, fl
                 say(f"stopped by a signal after step {done}; start it again to go on from there")
                 break
     while in_flight:
-        stop_if_bad(config, workdir, state, *in_flight.popleft(), say)
+        stop_if_bad(config, workdir, state, in_flight.popleft(), say)
     batches.close()
     checkpoints.close()
     writer.close()
@@ -278,15 +277,24 @@ class Evaluation:
 
 
 def stop_if_bad(
-    config: ConfigDict, workdir: str, state: TrainState, step: int, scalars: dict[str, Any],
-    batch: dict[str, np.ndarray], say: Any,
+    config: ConfigDict,
+    workdir: str,
+    state: TrainState,
+    tried: tuple[int, dict[str, Any], dict[str, np.ndarray]],
+    say: Any,
 ) -> None:
     """Waits for a step, reports it if it was skipped, and ends a run of too many of them.
+
+    Args:
+      config, workdir, state: of the run.
+      tried: step, its scalars, its batch on the host.
+      say: prints a message.
 
     Raises:
       UserError: `config.max_bad_steps` steps in a row were not finite. The state and the step's
         images lie in workdir/bad_step; views follow from config.seed and the step.
     """
+    step, scalars, batch = tried
     bad_steps = int(scalars["bad_steps"])
     if not bad_steps:
         return
@@ -297,10 +305,10 @@ def stop_if_bad(
     directory = Path(workdir) / "bad_step"
     directory.mkdir(exist_ok=True)
     if jax.process_index() == 0:
-        np.savez(directory / "batch.npz", step=step, **batch)
-        (directory / "scalars.json").write_text(json.dumps(numbers, indent=1))
+        np.savez(directory / "batch.npz", allow_pickle=False, **batch)
+        (directory / "scalars.json").write_text(json.dumps({"step": step} | numbers, indent=1))
         checkpoint.write_config(directory, config, {})
-    checkpoints = checkpoint.Checkpoints(directory)
+    checkpoints = checkpoint.Checkpoints(str(directory))
     checkpoints.save(step, state, force=True)
     checkpoints.close()
     raise UserError(
@@ -362,19 +370,20 @@ def in_words(accuracies: dict[str, float]) -> str:
 def draw_figures(config: ConfigDict, workdir: str) -> list[Path]:
     """Draws the loss curve and the views of the first training image; returns their paths."""
     from esvit_jax.analyze.figures import loss_figure, views_figure
-    from esvit_jax.data.loader import decode
 
     directory = Path(workdir) / "figures"
     directory.mkdir(exist_ok=True)
     source = open_source(config.data.name, config.data.train_split, config.data.data_dir or None)
-    canvas, size = decode(source[0]["image"], config.data.canvas_size)
-    views = jax.jit(lambda keys, canvas, size: augment(keys, canvas, size, config.views))(
-        jax.random.split(jax.random.key(config.seed), 1), canvas[None], size[None]
-    )
+    batches = eval_batches(source, batch_size=1, canvas_size=config.data.canvas_size, num_threads=1)
+    batch = next(batches)
+    views = jax.jit(
+        lambda keys, batch: augment(keys, batch["canvas"], batch["size"], config.views)
+    )(jax.random.split(jax.random.key(config.seed), 1), model_inputs(batch))
     views = {name: np.asarray(stack[:, 0]) for name, stack in views.items()}
     paths = [directory / "loss.png", directory / "views.png"]
     loss_figure(Path(workdir) / "metrics.jsonl", paths[0])
-    image = canvas[: size[0], : size[1]]
+    height, width = batch["size"][0]
+    image = batch["canvas"][0, :height, :width]
     views_figure(image, views, config.views.mean, config.views.std, paths[1])
     return paths
 
@@ -397,7 +406,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if arguments.distributed:
         parallel.start_distributed()
-    last = train(config, arguments.workdir)
+    train(config, arguments.workdir)
     if jax.process_index() == 0:
         for path in draw_figures(config, arguments.workdir):
             print(path)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from einops import rearrange
 
 from esvit_jax import optim, parallel, steps
@@ -33,14 +34,20 @@ def relative_error(ours: Any, theirs: Any) -> float:
 def build_model(config: dict[str, Any], **fields: Any) -> EsViT:
     """The golden network; `fields` replace those of `EsViT` (dtype)."""
     backbone = Swin(
-        embed_dim=config["embed_dim"], depths=tuple(config["depths"]),
-        num_heads=tuple(config["num_heads"]), window_size=config["window_size"],
-        image_size=config["img_size"], **fields,
+        embed_dim=config["embed_dim"],
+        depths=tuple(config["depths"]),
+        num_heads=tuple(config["num_heads"]),
+        window_size=config["window_size"],
+        image_size=config["img_size"],
+        **fields,
     )
     return EsViT(
-        backbone, num_prototypes=config["out_dim"], hidden_dim=config["head_hidden_dim"],
+        backbone,
+        num_prototypes=config["out_dim"],
+        hidden_dim=config["head_hidden_dim"],
         bottleneck_dim=config["head_bottleneck_dim"],
-        norm_last_layer=config["norm_last_layer"], **fields,
+        norm_last_layer=config["norm_last_layer"],
+        **fields,
     )
 
 
@@ -86,49 +93,113 @@ def table(values: np.ndarray) -> optim.Schedule:
     return lambda step: values[step]
 
 
+def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimiser, with the last gradients in front of its state."""
+
+    def init(params):
+        return (jax.tree.map(jnp.zeros_like, params), *optimizer.init(params))
+
+    def update(gradients, state, params=None, **extra):
+        updates, new_state = optimizer.update(gradients, state[1:], params, **extra)
+        return updates, (gradients, *new_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class Replay:
-    """One golden file, and the library's functions set up for it."""
+    """One golden file, and the library's functions set up for it.
+
+    The trajectory's steps and the single step, which comes last in all schedules, are taken by one
+    compiled function.
+
+    Attributes:
+      path: of the file.
+      parallel_mode, devices: layout of the step.
+      copies: times the batch is repeated, which leaves all means as they are.
+      chunk, dtype, accum_steps: of the step.
+    """
 
     def __init__(
-        self, path: str, *, parallel_mode: str = "pmap", chunk: int = 0, devices: int = 1,
-        dtype: str = "float32", accum_steps: int = 1,
+        self,
+        path: str,
+        *,
+        parallel_mode: str = "pmap",
+        chunk: int = 0,
+        devices: int = 1,
+        copies: int = 1,
+        dtype: str = "float32",
+        accum_steps: int = 1,
     ):
         self.golden = np.load(path)
         self.config = json.loads(str(self.golden["config"]))
         self.dtype = jnp.dtype(dtype)
         self.model = build_model(self.config, dtype=self.dtype)
-        self.mode, self.chunk, self.accum_steps = parallel_mode, chunk, accum_steps
-        self.devices = jax.devices()[:devices]
+        self.chunk, self.accum_steps, self.copies = chunk, accum_steps, copies
+        self.count = len(self.golden["traj/loss"]) if "traj/loss" in self.golden.files else 0
+        self.optimizer, self.step = self.build(parallel_mode, jax.devices()[:devices])
 
-    def step(self, optimizer, teacher_temp) -> Any:
-        """The training step on this replay's devices."""
+    def build(self, mode, devices) -> tuple[Any, Any]:
+        """The library's optimiser with the golden schedules, and the step on these devices."""
+        golden = self.golden
+        temps, steps_per_epoch = [], 0
+        if self.count:
+            steps_per_epoch = self.count // len(golden["traj/teacher_temp"])
+            temps = golden["traj/teacher_temp"].repeat(steps_per_epoch)
+
+        def schedule(name, last):
+            return table([*(golden[f"traj/{name}"] if self.count else []), last])
+
+        optimizer = keep_gradients(
+            optim.build_optimizer(
+                name="adamw",
+                learning_rate=schedule("lr", 1e-3),
+                weight_decay=schedule("wd", 0.04),
+                teacher_momentum=schedule("momentum", 0.99),
+                clip_norm=self.config["clip_grad"],
+                freeze_prototypes_steps=steps_per_epoch,
+                norm_last_layer=self.config["norm_last_layer"],
+            )
+        )
+        temp = golden["teacher_temp_schedule"][int(golden["epoch"])]
         step = functools.partial(
-            steps.train_step, model=self.model, optimizer=optimizer, make_views=given_views,
-            teacher_temp=teacher_temp, center_momentum=0.9, seed=0, student_temp=0.1,
-            chunk=self.chunk, dtype=self.dtype, accum_steps=self.accum_steps,
+            steps.train_step,
+            model=self.model,
+            optimizer=optimizer,
+            make_views=given_views,
+            teacher_temp=table([*temps, temp]),
+            center_momentum=0.9,
+            seed=0,
+            student_temp=0.1,
+            chunk=self.chunk,
+            dtype=self.dtype,
+            accum_steps=self.accum_steps,
         )
-        return parallel.lift(step, self.mode, devices=self.devices)
+        lifted = parallel.lift(step, mode, devices=devices)
 
-    def shard(self, batch):
-        """[images, ...] as [devices, b, ...]."""
-        return jax.tree.map(
-            lambda x: rearrange(x, "(d b) ... -> d b ...", d=len(self.devices)), batch
-        )
+        def on_shards(state, batch):
+            shards = {
+                name: rearrange(
+                    np.concatenate([x] * self.copies), "(d b) ... -> d b ...", d=len(devices)
+                )
+                for name, x in batch.items()
+            }
+            return lifted(state, shards)[:2]
 
-    def optimizer(self, learning_rate, weight_decay, momentum, frozen_steps):
-        """The library's chain with the golden run's schedules."""
-        return optim.build_optimizer(
-            name="adamw", learning_rate=learning_rate, weight_decay=weight_decay,
-            teacher_momentum=momentum, clip_norm=self.config["clip_grad"],
-            freeze_prototypes_steps=frozen_steps,
-            norm_last_layer=self.config["norm_last_layer"],
-        )
+        return optimizer, on_shards
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """The views of the single step."""
+        count = 2 + self.config["local_crops"]
+        return views_batch([self.golden[f"crops/{i}"] for i in range(count)])
+
+    def error(self, ours: Any, name: str) -> float | None:
+        """Relative error to an array of the file; None where it has none."""
+        return relative_error(ours, self.golden[name]) if name in self.golden.files else None
 
     def outputs(self) -> dict[str, float | None]:
         """Forward errors of student and teacher."""
         golden, model = self.golden, self.model
-        batch = views_batch([golden[f"crops/{i}"] for i in range(2 + self.config["local_crops"])])
-        views = given_views(None, batch)
+        views = given_views(None, self.batch())
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
         errors = {}
         for name, stack in (("student", stacks), ("teacher", stacks[:1])):
@@ -136,7 +207,9 @@ class Replay:
             out = jax.jit(model.apply)({"params": params}, stack)
 
             def rows(stacks):
-                return np.concatenate([rearrange(np.asarray(x), "... d -> (...) d") for x in stacks])
+                return np.concatenate(
+                    [rearrange(np.asarray(x), "... d -> (...) d") for x in stacks]
+                )
 
             errors[f"{name}_cls"] = relative_error(
                 rows(out.view) @ out.view_prototypes.T, golden[f"{name}_out/cls"]
@@ -155,32 +228,20 @@ class Replay:
         golden = self.golden
         student = params_from_state_dict(tensors(golden, "student/"))
         teacher = params_from_state_dict(tensors(golden, "teacher/"))
-        temp = float(golden["teacher_temp_schedule"][int(golden["epoch"])])
         centers = {"view": golden["center"][0], "region": golden["center_grid"][0]}
-        batch = views_batch([golden[f"crops/{i}"] for i in range(2 + self.config["local_crops"])])
-
-        # A chain that hands out the gradients: learning rate -1, no clipping, no Adam.
-        views = given_views(None, batch)
-        gradients, _, _, _ = jax.jit(
-            functools.partial(
-                steps.loss_and_gradients, model=self.model, student_temp=0.1, teacher_temp=temp,
-                chunk=self.chunk, dtype=self.dtype,
-            )
-        )(student, teacher, centers, views, jax.random.key(0))
-
-        optimizer = self.optimizer(
-            lambda step: 1e-3, lambda step: 0.04, lambda step: 0.99, frozen_steps=0
-        )
-        state = create_state(self.model, optimizer, student)
+        state = create_state(self.model, self.optimizer, student)
         state = state.replace(
-            opt_state=(*state.opt_state[:-1], optim.TeacherState(teacher)), centers=centers
+            step=jnp.asarray(self.count, jnp.int32),
+            opt_state=(*state.opt_state[:-1], optim.TeacherState(teacher)),
+            centers=centers,
         )
-        state, scalars, _ = self.step(optimizer, lambda step: temp)(state, self.shard(batch))
+        state, scalars = self.step(state, self.batch())
+        gradients = state.opt_state[0]
         return {
-            "view_loss": relative_error(scalars["view_loss"], golden["view_loss"]),
-            "loss": relative_error(scalars["loss"], golden["loss"]),
-            "center": relative_error(state.centers["view"], golden["center_after"]),
-            "center_grid": relative_error(state.centers["region"], golden["center_grid_after"]),
+            "view_loss": self.error(scalars["view_loss"], "view_loss"),
+            "loss": self.error(scalars["loss"], "loss"),
+            "center": self.error(state.centers["view"], "center_after"),
+            "center_grid": self.error(state.centers["region"], "center_grid_after"),
             "max_grad": max_error(gradients, tensors(golden, "grad/")),
             "max_student_after": max_error(state.params, tensors(golden, "student_after/")),
             "max_teacher_after": max_error(state.teacher, tensors(golden, "teacher_after/")),
@@ -194,38 +255,31 @@ class Replay:
             {"params": params}, normalize(golden["crops/0"])
         )
         attention = [
-            relative_error(weights[0, : golden[f"attention/{i}"].shape[0]], golden[f"attention/{i}"])
+            relative_error(
+                weights[0, : golden[f"attention/{i}"].shape[0]], golden[f"attention/{i}"]
+            )
             for i, weights in enumerate(out.attention)
             if f"attention/{i}" in golden.files
         ]
         return {
-            "pooled": relative_error(out.view, golden["pooled"]),
-            "regions": relative_error(out.regions, golden["regions"]),
-            "last4_features": relative_error(
-                np.concatenate(out.pooled[-4:], axis=-1), golden["last4_features"]
+            "pooled": self.error(out.view, "pooled"),
+            "regions": self.error(out.regions, "regions"),
+            "last4_features": self.error(
+                np.concatenate(out.pooled[-4:], axis=-1), "last4_features"
             ),
             "max_attention": max(attention) if attention else None,
         }
 
     def trajectory(self) -> dict[str, float | None]:
         """Errors over the whole run of `traj_steps` updates."""
-        golden, config = self.golden, self.config
-        if "traj/loss" not in golden.files:
+        golden = self.golden
+        if not self.count:
             return {"traj_loss": None, "traj_center": None, "max_traj_norm": None}
-        count = len(golden["traj/loss"])
-        steps_per_epoch = count // len(golden["traj/teacher_temp"])
-        temps = golden["traj/teacher_temp"].repeat(steps_per_epoch)
-        optimizer = self.optimizer(
-            table(golden["traj/lr"]), table(golden["traj/wd"]), table(golden["traj/momentum"]),
-            frozen_steps=steps_per_epoch,
-        )
         student = params_from_state_dict(tensors(golden, "student/"))
-        state: TrainState = create_state(self.model, optimizer, student)
-        step = self.step(optimizer, table(temps))
+        state: TrainState = create_state(self.model, self.optimizer, student)
         losses = []
-        for it in range(count):
-            batch = views_batch(trajectory_views(config, it))
-            state, scalars, _ = step(state, self.shard(batch))
+        for it in range(self.count):
+            state, scalars = self.step(state, views_batch(trajectory_views(self.config, it)))
             losses.append(float(scalars["loss"]))
         norms = []
         for name, params in (("student", state.params), ("teacher", state.teacher)):

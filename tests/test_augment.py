@@ -103,7 +103,7 @@ def test_crop_of_the_same_size_changes_nothing(image):
 def test_blends_are_pillows(square, ours, pillow, factor):
     result = jax.jit(ours)(levels(square), factor)
     assert error(result, pillow(square).enhance(factor)) < 1.0
-    assert 0 <= result.min() and result.max() <= 255
+    assert result.min() >= 0 and result.max() <= 255
 
 
 def pillow_hue(image, turns):

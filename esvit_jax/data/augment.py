@@ -172,7 +172,7 @@ def random_crop_box(
     aspect = jnp.exp(log_low + u[BOX_TRIES:-2] * (log_high - log_low))
     h = round_to_int(jnp.sqrt(area / aspect))
     w = round_to_int(jnp.sqrt(area * aspect))
-    fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
+    fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = jnp.argmax(fits)
     found = fits[first]
     h = jnp.where(found, h[first], jnp.minimum(height, round_to_int(width / ratio[0])))

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -212,7 +212,7 @@ def train_batches(
     max_bad_records: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's share of the global batches from `start_step` on, without end.
 
     Shapes and order are those of the module's docstring; b is `batch_size / process_count`. The
@@ -272,7 +272,7 @@ def _check_share(field: str, batch_size: int, process_count: int) -> None:
 
 def _checked_batches(
     dataset: grain.IterDataset, bad_records: _BadRecords, *, copy: bool
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Batches without their bad records; `copy` takes them out of the workers' shared memory.
 
     grain frees that memory with the array that owns it, and leaks it when a view outlives this one.
@@ -289,7 +289,7 @@ def _checked_batches(
 
 def _stream_batches(
     examples: Iterator[_Example], share: int, bad_records: _BadRecords
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     batch: list[_Example] = []
     for example in examples:
         if example.bad:
@@ -307,9 +307,10 @@ def eval_batches(
     batch_size: int,
     canvas_size: int,
     num_threads: int,
+    first_batch: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray | list[str]]]:
+) -> Generator[dict[str, Any], None, None]:
     """Every record once, in order: this process's share of ceil(n / batch_size) global batches.
 
     Each batch has, beside the fields of a training batch, "mask" bool[b], False for padding after
@@ -321,6 +322,7 @@ def eval_batches(
       batch_size: images in a global batch.
       canvas_size: pixels along the side of a canvas.
       num_threads: threads that decode, ≥ 1.
+      first_batch: global batches that are left out at the beginning.
       process_index: index of this process.
       process_count: number of processes that share a batch.
 
@@ -331,6 +333,7 @@ def eval_batches(
     share = batch_size // process_count
     # Indices are read in the threads; a stream of records is read here.
     items = source.in_order() if isinstance(source, TFRecordSource) else range(len(source))
+    items = itertools.islice(items, first_batch * batch_size, None)
     padded = itertools.chain(items, itertools.repeat(None, -len(source) % batch_size))
     mine = (item for k, item in enumerate(padded) if k % batch_size // share == process_index)
 
@@ -345,7 +348,7 @@ def eval_batches(
 
 def _eval_batches(
     source: Source | TFRecordSource, examples: Iterator[_Example], share: int
-) -> Iterator[dict[str, np.ndarray | list[str]]]:
+) -> Generator[dict[str, Any], None, None]:
     while batch := list(itertools.islice(examples, share)):
         for bad in itertools.chain(*(example.bad for example in batch)):
             if bad.id:

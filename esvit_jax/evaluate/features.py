@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from esvit_jax import parallel, steps
+from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import center_view
 from esvit_jax.data.loader import eval_batches
 
@@ -16,9 +16,12 @@ from esvit_jax.data.loader import eval_batches
 def evaluation_images(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
     """Canvases to f32[b, s, s, 3]: the centre of each image, normalised."""
     return center_view(
-        batch["canvas"], batch["size"],
+        batch["canvas"],
+        batch["size"],
         view_size=config.evaluate.size or config.views.global_size,
-        crop=config.evaluate.crop, mean=config.views.mean, std=config.views.std,
+        crop=config.evaluate.crop,
+        mean=config.views.mean,
+        std=config.views.std,
     )
 
 
@@ -54,15 +57,19 @@ class FeatureExtractor:
         step = functools.partial(steps.feature_step, extract=extract)
         self._step = parallel.lift(step, config.parallel)
 
-    def batches(self, params: Any, source: Any) -> Iterator[dict[str, Any]]:
+    def batches(self, params: Any, source: Any, first_batch: int = 0) -> Iterator[dict[str, Any]]:
         """{"features", "label", "id"} of the images of a batch, in order, without padding.
 
-        "id" is of this process's images only.
+        "id" is of this process's images only. `first_batch` batches are left out.
         """
         config = self._config
         host_batches = eval_batches(
-            source, batch_size=config.evaluate.batch_size, canvas_size=config.data.canvas_size,
-            num_threads=config.data.num_threads, process_index=jax.process_index(),
+            source,
+            batch_size=config.evaluate.batch_size,
+            canvas_size=config.data.canvas_size,
+            num_threads=config.data.num_threads,
+            first_batch=first_batch,
+            process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         for batch in host_batches:

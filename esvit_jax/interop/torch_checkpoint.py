@@ -1,10 +1,10 @@
-"""Files of PyTorch tensors, and published state dicts to params and back."""
+"""Files of PyTorch tensors, sorted into networks, and published state dicts to params and back."""
 
 import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
@@ -13,6 +13,12 @@ from esvit_jax.config import UserError
 
 HEADS = {"head": "view_head", "head_dense": "region_head"}
 BUFFERS = ("relative_position_index", "attn_mask")
+CENTERS = {"center": "view", "center_grid": "region"}
+CLASSIFIER = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+# Entries of a checkpoint that hold tensors which are no part of a network.
+TRAINING = ("optimizer", "lr_scheduler", "fp16_scaler", "scaler", "amp")
+
+Tensors = dict[str, np.ndarray]
 
 
 def params_from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
             value = value.detach()
             return (value.to(torch.float32) if value.is_floating_point() else value).numpy()
         if isinstance(value, Mapping):
-            return {key: to_numpy(entry) for key, entry in value.items()}
+            return {str(key): to_numpy(entry) for key, entry in value.items()}
         return value
 
     try:
@@ -126,3 +132,108 @@ def _as_float32(tensor: np.ndarray) -> np.ndarray:
     # NumPy does not count bfloat16 among its floating-point types.
     is_float = np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"
     return tensor.astype(np.float32) if is_float else tensor
+
+
+class Found(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      networks: "student" and "teacher", or one of them, or "model"; EsViT's names.
+      centers: {"view": [k], "region": [k]}, or fewer.
+      epoch: epochs trained, where the file says so.
+      left: what is left behind, in words.
+      unknown: names of tensors that belong to nothing known.
+    """
+
+    networks: dict[str, Tensors]
+    centers: Tensors
+    epoch: int | None
+    left: list[str]
+    unknown: list[str]
+
+    def network(self, key: str) -> str:
+        """The name of the network that stands for "teacher" or "student".
+
+        Raises:
+          UserError: there is only the other one.
+        """
+        name = "model" if "model" in self.networks else key
+        if name not in self.networks:
+            raise UserError(f"it holds no {key}, only the {', '.join(self.networks)}")
+        return name
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether these are EsViT's networks, and not backbones alone."""
+        return any(
+            name.startswith(("head.mlp.", "head.last_layer.", "head_dense."))
+            for tensors in self.networks.values()
+            for name in tensors
+        )
+
+
+def sort_out(content: Mapping[str, Any]) -> Found:
+    """Sorts the content of a file (of `read_tensors`) into networks, centers and the rest."""
+    content = dict(content)
+    if any(name.startswith(("student.", "teacher.")) for name in content):
+        content = _nested(content)
+    networks = {name: content.pop(name) for name in ("student", "teacher") if name in content}
+    if not networks:
+        wrappers = [name for name in ("model", "state_dict") if name in content]
+        if wrappers:
+            networks = {"model": content.pop(wrappers[0])}
+        else:
+            networks, content = {"model": content}, {}
+    losses = content.pop("dino_loss", {})
+    centers = {
+        ours: losses[theirs].reshape(-1) for theirs, ours in CENTERS.items() if theirs in losses
+    }
+    rest = {f"dino_loss.{name}": x for name, x in losses.items() if name not in CENTERS}
+    rest |= {name: x for name, x in content.items() if name not in TRAINING}
+    epoch = content.get("epoch")
+    left = [name for name in content if name != "epoch"]
+    unknown = _tensor_names(rest)
+    for name, entries in networks.items():
+        tensors = {n: x for n, x in entries.items() if isinstance(x, np.ndarray)}
+        unknown += [f"{name} {n}" for n in entries if n not in tensors]
+        networks[name], classifier = _published_names(tensors)
+        left += [f"{name} {n}" for n in classifier]
+    return Found(networks, centers, epoch if isinstance(epoch, int) else None, left, unknown)
+
+
+def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
+    """{"student.norm.weight": x} -> {"student": {"norm.weight": x}}."""
+    nested: dict[str, Any] = {}
+    for name, value in content.items():
+        entry, _, rest = name.partition(".")
+        nested.setdefault(entry, {})[rest] = value
+    return nested
+
+
+def _published_names(tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """A network's tensors by EsViT's names, and the names of its classifier, which is left out."""
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
+    classifier = [name for name in CLASSIFIER if name in tensors]
+    tensors = {name: x for name, x in tensors.items() if name not in classifier}
+    # timm (since 0.9) has the merging of patches at the start of a stage, not at its end.
+    last = max([int(n) for n in re.findall(r"^layers\.(\d+)", "\n".join(tensors), re.M)], default=0)
+    if any(name.startswith(f"layers.{last}.downsample.") for name in tensors):
+
+        def before(match: re.Match) -> str:
+            return f"layers.{int(match[1]) - 1}.downsample."
+
+        tensors = {
+            re.sub(r"^layers\.(\d+)\.downsample\.", before, name): x for name, x in tensors.items()
+        }
+    return tensors, classifier
+
+
+def _tensor_names(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in content.items():
+        if isinstance(value, np.ndarray):
+            names.append(f"{prefix}{name}")
+        elif isinstance(value, Mapping):
+            names += _tensor_names(value, f"{prefix}{name}.")
+    return names

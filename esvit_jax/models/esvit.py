@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from esvit_jax.models.heads import ProjectionHead
@@ -47,11 +48,14 @@ class EsViT(nn.Module):
     bottleneck_dim: int = 256
     norm_last_layer: bool = False
     region: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         head = (
-            self.num_prototypes, self.hidden_dim, self.bottleneck_dim, self.norm_last_layer,
+            self.num_prototypes,
+            self.hidden_dim,
+            self.bottleneck_dim,
+            self.norm_last_layer,
             self.dtype,
         )
         self.view_head = ProjectionHead(*head)

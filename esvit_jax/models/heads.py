@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from esvit_jax.models.layers import LINEAR_INIT, l2_normalize, uniform_fan_in
@@ -35,7 +36,7 @@ class ProjectionHead(nn.Module):
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     norm_last_layer: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         def linear(features):
@@ -45,9 +46,7 @@ class ProjectionHead(nn.Module):
         self.mlp_0 = linear(self.hidden_dim)
         self.mlp_2 = linear(self.hidden_dim)
         self.mlp_4 = linear(self.bottleneck_dim)
-        self.last_layer = Prototypes(
-            self.num_prototypes, self.bottleneck_dim, self.norm_last_layer
-        )
+        self.last_layer = Prototypes(self.num_prototypes, self.bottleneck_dim, self.norm_last_layer)
 
     def __call__(self, features: Float[Array, "*rows d"]) -> Float[Array, "*rows bottleneck"]:
         """Returns f32 bottleneck vectors of length 1."""

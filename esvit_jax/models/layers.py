@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+FLOAT32 = jnp.dtype("float32")
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
 # Published norms use eps 1e-6. The two-pass variance is the one PyTorch computes.
@@ -24,7 +26,7 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch for some rows of the batch and scales the others (Huang et al. 2016)."""
+    """Drops a residual branch for some rows and scales the others (Huang et al. 2016)."""
 
     rate: float
 
@@ -42,7 +44,7 @@ class Mlp(nn.Module):
     """linear - exact GELU - linear."""
 
     hidden_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:

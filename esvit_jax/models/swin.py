@@ -12,6 +12,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from esvit_jax.models.layers import LINEAR_INIT, DropPath, LayerNorm, Mlp, uniform_fan_in
@@ -59,9 +60,7 @@ def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndar
         return (position >= length - window_size).astype(int) + (position >= length - shift)
 
     band = bands(height)[:, None] * 3 + bands(width)[None, :]
-    band = rearrange(
-        band, "(y h) (x w) -> (y x) (h w)", h=window_size, w=window_size
-    )
+    band = rearrange(band, "(y h) (x w) -> (y x) (h w)", h=window_size, w=window_size)
     return np.where(band[:, :, None] == band[:, None, :], 0.0, -100.0).astype(np.float32)
 
 
@@ -70,8 +69,8 @@ class WindowAttention(nn.Module):
 
     num_heads: int
     window_size: int
-    dtype: jnp.dtype = jnp.float32
-    logits_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    logits_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -88,11 +87,14 @@ class WindowAttention(nn.Module):
             qkv, "b m n (three heads d) -> three b m heads n d", three=3, heads=self.num_heads
         )
         logits = jnp.einsum(
-            "bmhqd,bmhkd->bmhqk", query * head_dim**-0.5, key,
+            "bmhqd,bmhkd->bmhqk",
+            query * head_dim**-0.5,
+            key,
             preferred_element_type=self.logits_dtype,
         )
         table = self.param(
-            "relative_position_bias_table", LINEAR_INIT,
+            "relative_position_bias_table",
+            LINEAR_INIT,
             ((2 * self.window_size - 1) ** 2, self.num_heads),
         )
         bias = table[relative_position_index(self.window_size).reshape(-1)]
@@ -115,8 +117,8 @@ class SwinBlock(nn.Module):
     shift: int
     mlp_ratio: float
     drop_path_rate: float
-    dtype: jnp.dtype = jnp.float32
-    logits_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    logits_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -136,9 +138,7 @@ class SwinBlock(nn.Module):
         windows, weights = WindowAttention(
             self.num_heads, size, self.dtype, self.logits_dtype, name="attn"
         )(windows, mask)
-        y = rearrange(
-            windows, "b (y x) (h w) d -> b (y h) (x w) d", y=rows // size, h=size
-        )
+        y = rearrange(windows, "b (y x) (h w) d -> b (y h) (x w) d", y=rows // size, h=size)
         if shift:
             y = jnp.roll(y, (shift, shift), axis=(1, 2))
         y = y[:, :height, :width]
@@ -153,7 +153,7 @@ class SwinBlock(nn.Module):
 class PatchMerging(nn.Module):
     """Halves the map and doubles the features."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
@@ -172,7 +172,7 @@ class PatchEmbed(nn.Module):
 
     embed_dim: int
     patch_size: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -181,8 +181,14 @@ class PatchEmbed(nn.Module):
         images = jnp.pad(images, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
         init = uniform_fan_in(size * size * channels)
         x = nn.Conv(
-            self.embed_dim, (size, size), strides=size, padding="VALID",
-            kernel_init=init, bias_init=init, dtype=self.dtype, name="proj",
+            self.embed_dim,
+            (size, size),
+            strides=size,
+            padding="VALID",
+            kernel_init=init,
+            bias_init=init,
+            dtype=self.dtype,
+            name="proj",
         )(images)
         return LayerNorm(dtype=self.dtype, name="norm")(x)
 
@@ -198,8 +204,8 @@ class Stage(nn.Module):
     drop_path_rates: Sequence[float]
     downsample: bool
     remat: str = "none"
-    dtype: jnp.dtype = jnp.float32
-    logits_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    logits_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -214,8 +220,14 @@ class Stage(nn.Module):
         maps, weights = [], []
         for j in range(self.depth):
             x, block_weights = block_class(
-                self.num_heads, self.window_size, self.shift if j % 2 else 0, self.mlp_ratio,
-                self.drop_path_rates[j], self.dtype, self.logits_dtype, name=f"blocks_{j}",
+                self.num_heads,
+                self.window_size,
+                self.shift if j % 2 else 0,
+                self.mlp_ratio,
+                self.drop_path_rates[j],
+                self.dtype,
+                self.logits_dtype,
+                name=f"blocks_{j}",
             )(x, train, attention)
             maps.append(x)
             weights.append(block_weights)
@@ -249,7 +261,7 @@ class Swin(nn.Module):
     image_size: int = 224
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention_dtype: str = "float32"
     remat: str = "none"
 
@@ -276,9 +288,17 @@ class Swin(nn.Module):
             first, last_stage = sum(self.depths[:i]), i == len(self.depths) - 1
             window_size, shift = self.stage_window(i)
             x, stage_maps, stage_weights = Stage(
-                depth, self.num_heads[i], window_size, shift, self.mlp_ratio,
-                rates[first : first + depth], not last_stage, self.remat, self.dtype,
-                jnp.dtype(self.attention_dtype), name=f"layers_{i}",
+                depth,
+                self.num_heads[i],
+                window_size,
+                shift,
+                self.mlp_ratio,
+                rates[first : first + depth],
+                not last_stage,
+                self.remat,
+                self.dtype,
+                jnp.dtype(self.attention_dtype),
+                name=f"layers_{i}",
             )(x, train, attention)
             maps += stage_maps
             weights += stage_weights

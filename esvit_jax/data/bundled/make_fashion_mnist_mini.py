@@ -119,7 +119,8 @@ class FashionMnistMini(tfds.core.GeneratorBasedBuilder):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Makes the bundled Fashion-MNIST mini.")
     parser.add_argument("--source", type=Path, required=True, help="folder of the idx files")
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here / "fashion_mnist_mini")

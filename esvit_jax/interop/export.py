@@ -1,0 +1,229 @@
+"""`esvit export`: a trained backbone in files that other libraries, or JAX alone, read.
+
+Whatever is written is read again, its features of fixed images are compared with the backbone's,
+and only then does the folder get its name.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from esvit_jax import checkpoint
+from esvit_jax.config import UserError
+from esvit_jax.interop import huggingface, published, stablehlo, timm
+from esvit_jax.interop.exportable import (
+    Exportable,
+    check_images,
+    load_exportable,
+    relative_error,
+)
+from esvit_jax.interop.infer import in_words
+from esvit_jax.metrics import read_metrics
+
+# Each has check, write, readings and usage.
+FORMATS = {
+    "huggingface": huggingface,
+    "timm": timm,
+    "esvit": published,
+    "stablehlo": stablehlo,
+}
+
+
+def export(
+    workdir: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    format: str,
+    key: str | None = None,
+    image_size: int | None = None,
+    step: int | None = None,
+) -> dict[str, float]:
+    """Writes a backbone in one of `FORMATS`, with a model card; the folder is whole or not there.
+
+    Args:
+      workdir: a run or a converted checkpoint.
+      directory: to be made.
+      format: one of `FORMATS`.
+      key, image_size, step: see `load_exportable`.
+
+    Returns:
+      Who computed features of `check_images` from the files, and how far they were off (relative
+      to their length).
+
+    Raises:
+      UserError: there is no such model, the format cannot represent it, the directory is there
+        already, or features computed from the files differ.
+    """
+    if "://" in os.fspath(directory):
+        raise UserError(f"--to={directory}: export to a local directory, then copy it")
+    directory = Path(directory)
+    if directory.exists():
+        raise UserError(f"--to={directory} exists already; remove it or take another name")
+    source = load_exportable(workdir, key=key, image_size=image_size, step=step)
+    module: Any = FORMATS[format]
+    module.check(source)
+    with whole_folder(directory) as folder:
+        write_config(source, format, folder)
+        module.write(source, folder)
+        errors = check_features(module, source, folder)
+        card = model_card(source, Path(workdir), errors, module.usage(source))
+        (folder / "model_card.md").write_text(card.replace("FOLDER", directory.name))
+    return errors
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that gets its name at the end, if nothing fails."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_config(source: Exportable, format: str, folder: Path) -> None:
+    """Writes our own config, which `esvit_jax.load` reads, next to the weights."""
+    loaded = source.loaded
+    config = loaded.config.copy_and_resolve_references()
+    config.evaluate.size = source.image_size
+    facts = loaded.facts | {"format": format, "key": source.key, "step": loaded.step}
+    name = huggingface.CONFIG_FILE if format == "huggingface" else "config.json"
+    checkpoint.write_config(folder, config, facts, name)
+
+
+def check_features(module: Any, source: Exportable, folder: Path) -> dict[str, float]:
+    """Reads what was written, and returns the relative error of the features by reader.
+
+    Raises:
+      UserError: one is larger than it may be.
+    """
+    images = check_images(source.image_size)
+    expected = source.features(source.params, images)
+    errors = {}
+    for reader, features, bound in module.readings(source, folder, images):
+        errors[reader] = relative_error(features, expected)
+        if not errors[reader] <= bound:
+            raise UserError(
+                f"nothing is written: features that {reader} computes from the files are off by "
+                f"{errors[reader]:.1e} (at most {bound:.0e})"
+            )
+    return errors
+
+
+CARD = """\
+# A backbone pretrained with EsViT
+
+| | |
+|---|---|
+| architecture | {architecture}; windows and shifts fixed for {trained_size} pixels |
+| parameters | {parameters:.1f} million, float32 |
+| features | {features} an image (the mean of the regions), and as many a region |
+| input | RGB, {size} × {size}: shorter side to {resize_size} pixels (bicubic), then the centre |
+| normalisation | (pixels / 255 − mean) / std, mean {mean}, std {std} |
+| weights | the {key}'s |
+| training | {training} |
+| k-NN | {knn} |
+
+## Use
+
+{usage}
+
+## Check
+
+Features of {images} fixed images, computed from these files, against those of the backbone they
+were written from (relative error):
+
+{errors}
+"""
+
+
+def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usage: str) -> str:
+    """What somebody who finds the folder needs to know, in Markdown.
+
+    Args:
+      source: what was exported.
+      workdir: where its metrics lie, if they do.
+      errors: of `check_features`.
+      usage: of the format.
+    """
+    backbone, views = source.backbone, source.loaded.config.views
+    return CARD.format(
+        architecture=in_words(source.loaded.model).removeprefix("a "),
+        trained_size=backbone.image_size,
+        parameters=sum(x.size for x in jax.tree.leaves(source.params)) / 1e6,
+        features=backbone.num_features,
+        size=source.image_size,
+        resize_size=source.resize_size,
+        mean=", ".join(map(str, views.mean)),
+        std=", ".join(map(str, views.std)),
+        key=source.key,
+        training=training_in_words(source),
+        knn=knn_in_words(source, workdir),
+        usage=usage,
+        images=len(check_images(source.image_size)),
+        errors="\n".join(f"- {reader}: {error:.1e}" for reader, error in errors.items()),
+    )
+
+
+def training_in_words(source: Exportable) -> str:
+    """Steps and data, as far as they are known."""
+    config, facts, step, *_ = (
+        source.loaded.config, source.loaded.facts, source.loaded.step
+    )  # fmt: skip
+    if "source" in facts:
+        epoch = f", epoch {facts['epoch']}" if facts.get("epoch") else ""
+        return f"unknown here: converted from {facts['source']}{epoch}"
+    matched = "views and regions" if config.loss.region else "views"
+    words = f"{step} steps of {config.batch_size} images, matching {matched}"
+    if "steps_per_epoch" in facts:
+        words += f" ({step / facts['steps_per_epoch']:.4g} epochs)"
+    words += f", on {config.data.name}, split {config.data.train_split}"
+    if "num_images" in facts:
+        words += f" ({facts['num_images']} images)"
+    if config.init_from:
+        words += f"; started from {config.init_from} ({config.init_parts})"
+    return words
+
+
+def knn_in_words(source: Exportable, workdir: Path) -> str:
+    """The last k-NN accuracies that the run logged up to its checkpoint; they are the teacher's."""
+    path = workdir / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() and source.key == "teacher" else []
+    for line in reversed(lines):
+        top1 = {name: x for name, x in line.items() if name.startswith("knn/top1/")}
+        if top1 and line["step"] <= source.loaded.step:
+            data = source.loaded.config.data
+            accuracies = ", ".join(f"{x:.2f} % (k={n.split('/')[-1]})" for n, x in top1.items())
+            return f"top-1 {accuracies} on {data.name} {data.test_split}, step {line['step']}"
+    return "not known"
+
+
+def main(argv: list[str]) -> None:
+    """`esvit export`."""
+    parser = argparse.ArgumentParser(prog="esvit export", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="a run or a converted checkpoint")
+    parser.add_argument("--to", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what reads it")
+    parser.add_argument(
+        "--key", choices=("teacher", "student"), help="whose weights (default: as in evaluation)"
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="pixels along a side of its images (default: as evaluated)"
+    )
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    arguments = parser.parse_args(argv)
+    errors = export(
+        arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
+        image_size=arguments.image_size, step=arguments.step,
+    )  # fmt: skip
+    for reader, error in errors.items():
+        print(f"features computed by {reader} differ by {error:.1e}")
+    print(f"written: {arguments.to}")

@@ -1,0 +1,63 @@
+"""One function, images to features, as a `jax.export` file that needs nothing but JAX.
+
+The weights are inside: one file, and a function of images alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esvit_jax.interop.exportable import LIBRARY_BOUND, Exportable, Reading
+
+FILE = "features.jax_export"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+README = """\
+# Images to features, without the code that trained them
+
+`{file}` is StableHLO with the weights inside, serialised by `jax.export` of JAX {version}
+for {platforms}. It takes float32 [b, {size}, {size}, 3], any b, normalised as
+`model_card.md` says, and gives view features float32 [b, {features}]. To call it,
+`pip install jax flatbuffers` (this version of JAX, or a later one):
+
+    from jax import export
+    features = export.deserialize(bytearray(open("{file}", "rb").read())).call
+    print(features(images).shape)  # images: (pixels / 255 - mean) / std, RGB
+"""
+
+
+def usage(source: Exportable) -> str:
+    """Where it is said how to call the function."""
+    return f"`README.md` says how to call the function in `{FILE}`."
+
+
+def check(source: Exportable) -> None:
+    """Any backbone and any image size can be exported."""
+
+
+def write(source: Exportable, folder: Path) -> None:
+    """Writes the function and a README that says how to call it."""
+    params, backbone, size = source.params, source.backbone, source.image_size
+
+    @jax.jit
+    def features(images):
+        return backbone.apply({"params": params}, images).view
+
+    (b,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, size, size, 3), jnp.float32)
+    exported = jax.export.export(features, platforms=PLATFORMS)(images)
+    (folder / FILE).write_bytes(exported.serialize())
+    text = README.format(
+        file=FILE, version=jax.__version__, platforms=", ".join(PLATFORMS), size=size,
+        features=backbone.num_features,
+    )  # fmt: skip
+    (folder / "README.md").write_text(text)
+
+
+def readings(source: Exportable, folder: Path, images: Any) -> Iterator[Reading]:
+    """Yields the features of the function in the file."""
+    exported = jax.export.deserialize(bytearray((folder / FILE).read_bytes()))
+    yield Reading(f"jax {jax.__version__}", exported.call(images), LIBRARY_BOUND)

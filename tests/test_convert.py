@@ -1,0 +1,518 @@
+"""Checkpoints in: names, strictness, inference from shapes, other windows, init_from."""
+
+import argparse
+import functools
+import json
+import re
+from pathlib import Path
+
+import cv2
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from esvit_jax import checkpoint
+from esvit_jax.config import UserError, default_config
+from esvit_jax.interop import convert as convert_module
+from esvit_jax.interop.convert import convert, main, resize_bias_table
+from esvit_jax.interop.infer import infer_backbone
+from esvit_jax.interop.initialize import init_from
+from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
+from esvit_jax.models import BACKBONES, EsViT, create_backbone, create_model
+from esvit_jax.models.swin import relative_position_index, shift_mask
+from esvit_jax.state import init_params
+
+GOLDEN = Path(__file__).parent / "data" / "swin_nano_w7.npz"
+
+
+def small_config(image_size=64, window_size=4, region=True):
+    config = default_config()
+    config.backbone.embed_dim = 8
+    config.backbone.depths = (2, 1, 1)
+    config.backbone.num_heads = (1, 2, 4)
+    config.backbone.window_size = window_size
+    config.backbone.image_size = image_size
+    config.head.num_prototypes = 16
+    config.head.hidden_dim = 12
+    config.head.bottleneck_dim = 6
+    config.loss.region = region
+    return config
+
+
+@functools.cache
+def shapes_of(model):
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def random_params(config, seed):
+    """Params with values of their own, without compiling an initialisation."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes_of(create_model(config))
+    )
+
+
+def published(config, **centers):
+    """A checkpoint's tensors by the names of a flat file, and its student and teacher params."""
+    student, teacher = random_params(config, 1), random_params(config, 2)
+    networks = {"student.module": student, "teacher": teacher}
+    tensors = {
+        f"{network}.{name}": x
+        for network, params in networks.items()
+        for name, x in state_dict_from_params(params).items()
+    }
+    return tensors | {f"dino_loss.{name}": x for name, x in centers.items()}, student, teacher
+
+
+def both_centers():
+    rng = np.random.default_rng(3)
+    return {
+        "center": rng.standard_normal((1, 16)).astype(np.float32),
+        "center_grid": rng.standard_normal((1, 16)).astype(np.float32),
+    }
+
+
+def write(path, tensors):
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+    return path
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_features_of_the_published_implementation(tmp_path):
+    golden = np.load(GOLDEN)
+    tensors = {
+        name.replace("/", ".", 1): golden[name]
+        for name in golden.files
+        if name.startswith(("student/", "teacher/"))
+    }
+    tensors |= {f"dino_loss.{name}": golden[name] for name in ("center", "center_grid")}
+    convert(write(tmp_path / "nano.safetensors", tensors), tmp_path / "nano")
+    loaded = checkpoint.load_model(tmp_path / "nano")
+
+    theirs = json.loads(str(golden["config"]))
+    backbone, head = loaded.model.backbone, loaded.config.head
+    assert backbone.depths == tuple(theirs["depths"])
+    assert backbone.num_heads == tuple(theirs["num_heads"])
+    assert (backbone.embed_dim, backbone.window_size) == (theirs["embed_dim"], 7)
+    assert (backbone.patch_size, backbone.image_size) == (4, theirs["img_size"])
+    assert head.num_prototypes == theirs["out_dim"]
+    assert head.hidden_dim == theirs["head_hidden_dim"]
+    assert head.bottleneck_dim == theirs["head_bottleneck_dim"]
+    assert loaded.config.dtype == "float32"
+
+    mean, std = (np.array(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = ((golden["crops/0"] / 255 - mean) / std).astype(np.float32)
+    out = jax.jit(backbone.apply)({"params": loaded.teacher["backbone"]}, images)
+    for ours, name in ((out.view, "pooled"), (out.regions, "regions")):
+        error = np.linalg.norm(np.asarray(ours).ravel() - golden[name].ravel())
+        assert error <= 1e-5 * np.linalg.norm(golden[name])
+    np.testing.assert_array_equal(loaded.centers["view"], golden["center"][0])
+    np.testing.assert_array_equal(loaded.centers["region"], golden["center_grid"][0])
+    student = state_dict_from_params(jax.device_get(loaded.student))
+    for name in student:
+        np.testing.assert_array_equal(student[name], golden[f"student/{name}"])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_round_trip_is_exact_for_every_backbone(name):
+    model = EsViT(create_backbone(name, dtype=jnp.dtype("float32")), 8, dtype=jnp.dtype("float32"))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.integers(-128, 128, x.shape, np.int8), shapes_of(model))
+    tensors = state_dict_from_params(params)
+    assert_same(params_from_state_dict(tensors), params)
+    weight = tensors["layers.0.blocks.1.mlp.fc1.weight"]
+    assert weight.shape == (4 * model.backbone.embed_dim, model.backbone.embed_dim)
+    assert tensors["patch_embed.proj.weight"].shape[1:] == (3, 4, 4)
+    assert tensors["layers.1.downsample.norm.weight"].ndim == 1
+    kernel = params["backbone"]["patch_embed"]["proj"]["kernel"]
+    assert tensors["patch_embed.proj.weight"][5, 2, 1, 3] == kernel[1, 3, 2, 5]
+
+
+def test_everything_in_the_file_arrives(tmp_path):
+    centers = both_centers()
+    tensors, student, teacher = published(small_config(), **centers)
+    index = relative_position_index(4)
+    tensors["teacher.layers.0.blocks.0.attn.relative_position_index"] = index
+    lines = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "deep" / "a")
+    loaded = checkpoint.load_model(tmp_path / "deep" / "a")
+    assert_same(loaded.student, student)
+    assert_same(loaded.teacher, teacher)
+    assert_same(loaded.params, teacher)
+    np.testing.assert_array_equal(loaded.centers["view"], centers["center"][0])
+    np.testing.assert_array_equal(loaded.centers["region"], centers["center_grid"][0])
+    assert not loaded.config.head.norm_last_layer
+    assert loaded.facts["source"] == "a.safetensors"
+    assert "norm_last_layer False: assumed" in "\n".join(lines)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a"]
+
+
+def test_view_only_with_fixed_norms_and_no_centers(tmp_path):
+    tensors, _, _ = published(small_config(region=False))
+    for network in ("student.module", "teacher"):
+        tensors[f"{network}.head.last_layer.weight_g"] = np.ones((16, 1), np.float32)
+    lines = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert loaded.config.head.norm_last_layer and not loaded.config.loss.region
+    assert set(loaded.teacher) == {"backbone", "view_head"}
+    np.testing.assert_array_equal(loaded.centers["view"], np.zeros(16))
+    assert "it holds no centers: they are 0" in lines
+
+
+def test_key_chooses_the_network(tmp_path):
+    tensors, student, _ = published(small_config(), **both_centers())
+    file = write(tmp_path / "a.safetensors", tensors)
+    convert(file, tmp_path / "a", key="student")
+    assert_same(checkpoint.load_model(tmp_path / "a").params, student)
+    only = {name: x for name, x in tensors.items() if name.startswith("teacher.")}
+    with pytest.raises(UserError, match="it holds no student, only the teacher"):
+        convert(write(tmp_path / "t.safetensors", only), tmp_path / "t", key="student")
+    convert(tmp_path / "t.safetensors", tmp_path / "t")
+    loaded = checkpoint.load_model(tmp_path / "t")
+    assert_same(loaded.student, loaded.teacher)
+
+
+def test_all_misfits_are_listed_and_nothing_is_written(tmp_path):
+    centers = both_centers() | {"center": np.zeros((1, 5), np.float32)}
+    tensors, _, _ = published(small_config(), **centers)
+    del tensors["teacher.layers.1.blocks.0.norm1.bias"]
+    tensors["student.module.layers.1.blocks.0.extra.weight"] = np.zeros((2, 2), np.float32)
+    tensors["teacher.norm.weight"] = np.zeros(33, np.float32)
+    tensors["teacher.head.mlp.1.running_mean"] = np.zeros(12, np.float32)
+    tensors["teacher.norm.bias"] = np.zeros(32, np.int32)
+    tensors["predictor.weight"] = np.zeros(3, np.float32)
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError) as error:
+        convert(file, tmp_path / "a")
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith(f"{file}: it does not fit a Swin of depths (2, 1, 1)")
+    assert sorted(line.strip() for line in lines) == sorted(
+        [
+            "unknown: predictor.weight",
+            "unknown: student layers.1.blocks.0.extra.weight",
+            "unknown: teacher head.mlp.1.running_mean",
+            "missing: teacher layers.1.blocks.0.norm1.bias",
+            "wrong shape: teacher norm.weight is [33], not [32]",
+            "wrong type: teacher norm.bias is int32, no floating-point one",
+            "wrong shape: view center is [5], unlike its head",
+        ]
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    tensors, _, _ = published(small_config())
+    file = write(tmp_path / "a.safetensors", tensors)
+
+    def broken(directory, **_):
+        Path(directory).mkdir()
+        (Path(directory) / "half").write_text("")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(convert_module.checkpoint, "save_model", broken)
+    with pytest.raises(OSError, match="disk full"):
+        convert(file, tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    tensors, _, _ = published(small_config())
+    file = write(tmp_path / "a.safetensors", tensors)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        convert(file, tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir())
+
+
+# Supervised backbones.
+
+
+def supervised(config, kind):
+    """The tensors of a supervised Swin by Microsoft's or timm's names, and its params."""
+    params = {"backbone": random_params(config, 4)["backbone"]}
+    tensors = state_dict_from_params(params)
+    if kind == "timm":  # since 0.9
+        tensors = {
+            re.sub(
+                r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name
+            ): x
+            for name, x in tensors.items()
+        }
+        classifier = "head.fc"
+    else:
+        classifier = "head"
+    dim = params["backbone"]["norm"]["scale"].shape[0]
+    tensors[f"{classifier}.weight"] = np.zeros((10, dim), np.float32)
+    tensors[f"{classifier}.bias"] = np.zeros(10, np.float32)
+    tensors["layers.0.blocks.0.attn.relative_position_index"] = relative_position_index(4)
+    side = config.backbone.image_size // 4
+    tensors["layers.0.blocks.1.attn_mask"] = shift_mask(side, side, 4, 2)
+    return tensors, params
+
+
+@pytest.mark.parametrize("kind", ["microsoft", "timm"])
+def test_supervised_swins_become_backbones(tmp_path, kind):
+    tensors, params = supervised(small_config(), kind)
+    lines = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert_same(loaded.teacher, params)
+    assert_same(loaded.student, params)
+    assert loaded.centers == {}
+    assert loaded.config.backbone.image_size == 64
+    assert f"left behind: model head{'.fc' * (kind == 'timm')}.weight" in lines[-1]
+    variables = {"params": loaded.params["backbone"]}
+    view = jax.eval_shape(
+        lambda images: loaded.model.backbone.apply(variables, images).view,
+        jnp.zeros((1, 64, 64, 3)),
+    )
+    assert view.shape == (1, 32)
+
+
+def test_bfloat16_and_half_become_float32(tmp_path):
+    tensors, params = supervised(small_config(), "microsoft")
+    tensors = {
+        name: x.astype(ml_dtypes.bfloat16 if "blocks" in name else np.float16)
+        if x.dtype == np.float32
+        else x
+        for name, x in tensors.items()
+    }
+    convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    rounded = params["backbone"]["layers_0"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    kernel = loaded.params["backbone"]["layers_0"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, rounded.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def tables(windows, embed_dim=96, heads=(3, 6, 12, 24), depths=(2, 2, 6, 2), patch=4):
+    tensors = {"patch_embed.proj.weight": np.zeros((embed_dim, 3, patch, patch))}
+    for i, window in enumerate(windows):
+        for j in range(depths[i]):
+            name = f"layers.{i}.blocks.{j}.attn.relative_position_bias_table"
+            tensors[name] = np.zeros(((2 * window - 1) ** 2, heads[i]))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "windows,window_size,image_size,why",
+    [
+        ((7, 7, 7, 7), 7, 224, "assumed"),
+        ((14, 14, 14, 7), 14, 224, "assumed"),
+        ((12, 12, 12, 12), 12, 384, "smallest"),
+        ((14, 14, 14, 12), 14, 384, "smallest"),
+    ],
+)
+def test_window_and_image_size_from_tables(windows, window_size, image_size, why):
+    fields, how = infer_backbone(tables(windows), None)
+    assert fields["name"] == "swin_tiny"
+    assert (fields["window_size"], fields["image_size"]) == (window_size, image_size)
+    assert why in how
+
+
+def test_shift_masks_and_the_user_tell_the_image_size():
+    tensors = tables((7, 7, 7, 7), depths=(2, 2, 18, 2))
+    assert infer_backbone(tensors, 448)[0]["image_size"] == 448
+    tensors["layers.0.blocks.1.attn_mask"] = np.zeros((256, 49, 49))
+    fields, how = infer_backbone(tensors, None)
+    assert (fields["name"], fields["image_size"]) == ("swin_small", 448)
+    assert how == "from its shift masks"
+    with pytest.raises(UserError, match=r"windows \[7, 7, 7, 7\].*--image_size=96"):
+        infer_backbone(tensors, 96)
+    with pytest.raises(UserError, match="no Swin has at any image size"):
+        infer_backbone(tables((7, 7, 6, 7)), None)
+
+
+# Other windows.
+
+
+@pytest.mark.parametrize("old,new", [(7, 14), (7, 12), (12, 7), (4, 4)])
+def test_bias_tables_are_resized_bicubically(old, new):
+    table = np.random.default_rng(old).standard_normal(((2 * old - 1) ** 2, 3)).astype(np.float32)
+    ours = resize_bias_table(table, new)
+    # OpenCV's cubic is the same kernel, with repeated borders and corners not aligned.
+    side = 2 * old - 1
+    theirs = cv2.resize(
+        table.reshape(side, side, 3), (2 * new - 1,) * 2, interpolation=cv2.INTER_CUBIC
+    )
+    np.testing.assert_allclose(ours, theirs.reshape(-1, 3), atol=2e-6)
+    if old == new:
+        np.testing.assert_array_equal(ours, table)
+
+
+def test_bias_tables_are_resized_as_torch_does():
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).standard_normal((13**2, 3)).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(table.T.reshape(1, 3, 13, 13)).double(), size=(27, 27), mode="bicubic"
+    )
+    theirs = theirs.reshape(3, -1).T.numpy()
+    np.testing.assert_allclose(resize_bias_table(table, 14), theirs, atol=1e-6)
+
+
+def test_window_leaves_a_stage_that_it_covers(tmp_path):
+    # Maps of 16, 8 and 4: window 4 everywhere, then 8, 8 and 4.
+    tensors, _, teacher = published(small_config())
+    file = write(tmp_path / "a.safetensors", tensors)
+    lines = convert(file, tmp_path / "a", window_size=8, image_size=64)
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert loaded.config.backbone.window_size == 8
+    assert "window 4 resized to 8" in lines
+
+    def table(params, stage):
+        block = params["backbone"][f"layers_{stage}"]["blocks_0"]
+        return block["attn"]["relative_position_bias_table"]
+
+    for stage in (0, 1):
+        resized = resize_bias_table(table(teacher, stage), 8)
+        np.testing.assert_array_equal(table(loaded.teacher, stage), resized)
+    np.testing.assert_array_equal(table(loaded.teacher, 2), table(teacher, 2))
+
+
+# Files.
+
+
+def test_files_of_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    centers = both_centers()
+    tensors, student, teacher = published(small_config(), **centers)
+
+    def network(prefix):
+        return {
+            name.removeprefix(prefix): torch.tensor(np.ascontiguousarray(x))
+            for name, x in tensors.items()
+            if name.startswith(prefix)
+        }
+
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    content = {
+        "student": network("student."),
+        "teacher": network("teacher."),
+        "dino_loss": {name: torch.tensor(x) for name, x in centers.items()},
+        "optimizer": optimizer.state_dict(),
+        "fp16_scaler": None,
+        "epoch": 7,
+        "args": argparse.Namespace(arch="swin_tiny", lr=0.1),
+    }
+    torch.save(content, tmp_path / "a.pth")
+    lines = convert(tmp_path / "a.pth", tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert_same(loaded.student, student)
+    assert_same(loaded.teacher, teacher)
+    assert loaded.facts["epoch"] == 7
+    assert "left behind: optimizer, fp16_scaler, args" in lines
+
+    model = {
+        n: torch.tensor(np.ascontiguousarray(x))
+        for n, x in supervised(small_config(), "microsoft")[0].items()
+    }
+    half = {n: x.to(torch.bfloat16) if x.is_floating_point() else x for n, x in model.items()}
+    torch.save({"model": half}, tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "b")
+    bias = checkpoint.load_model(tmp_path / "b").params["backbone"]["norm"]["bias"]
+    np.testing.assert_array_equal(bias, half["norm.bias"].float().numpy())
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("this file ran code",)
+
+
+def test_files_that_run_code_or_are_none_are_refused(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "a.pth"
+    torch.save({"teacher": {}, "args": RunsCode()}, file)
+    with pytest.raises(UserError, match=r"would run code when read \(\w*\.?print\)") as error:
+        convert(file, tmp_path / "a")
+    assert "\n" not in str(error.value)
+    assert "ran code" not in capsys.readouterr().out
+    for content in (b"", b"no pickle at all", file.read_bytes()[:100]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="is no file of torch.save") as error:
+            convert(file, tmp_path / "a")
+        assert "\n" not in str(error.value)
+    torch.save([torch.zeros(3)], file)
+    with pytest.raises(UserError, match="holds a list, not a dict of tensors"):
+        convert(file, tmp_path / "a")
+
+
+def test_files_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    (tmp_path / "a.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"needs torch: pip install esvit_jax\[torch\]"):
+        convert(tmp_path / "a.pth", tmp_path / "a")
+    with pytest.raises(UserError, match="there is no such file"):
+        convert(tmp_path / "b.pth", tmp_path / "a")
+    (tmp_path / "a.safetensors").write_bytes(b"no header, just a sentence")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a")
+    write(tmp_path / "vit.safetensors", {"blocks.0.norm1.weight": np.zeros(4, np.float32)})
+    with pytest.raises(UserError, match=r"holds no Swin.*its 1 names begin with blocks\.0"):
+        convert(tmp_path / "vit.safetensors", tmp_path / "a")
+
+
+def test_command_line(tmp_path, capsys):
+    tensors, _, _ = published(small_config(), **both_centers())
+    file = write(tmp_path / "a.safetensors", tensors)
+    main([f"--from={file}", f"--to={tmp_path / 'a'}", "--key=student", "--image_size=64"])
+    printed = capsys.readouterr().out
+    assert "image size 64: as told" in printed
+    assert "view and region heads of 16 prototypes (hidden 12, bottleneck 6)" in printed
+    assert printed.endswith(f"written: {tmp_path / 'a'}\n")
+    with pytest.raises(UserError, match="--window=0"):
+        main([f"--from={file}", f"--to={tmp_path / 'b'}", "--window=0"])
+
+
+# config.init_from.
+
+
+def test_init_from(tmp_path):
+    tensors, _, teacher = published(small_config(), **both_centers())
+    path = str(tmp_path / "a")
+    convert(write(tmp_path / "a.safetensors", tensors), path)
+    params = random_params(small_config(), 5)
+
+    new, report = init_from(params, path, "all")
+    assert_same(new, teacher)
+    assert report.startswith("loaded backbone, region_head, view_head (")
+    new, report = init_from(params, path, "backbone")
+    assert_same(new["backbone"], teacher["backbone"])
+    assert_same(new["view_head"], params["view_head"])
+    assert "; random: region_head, view_head" in report
+
+    view_only = {part: params[part] for part in ("backbone", "view_head")}
+    new, report = init_from(view_only, path, "all")
+    assert set(new) == {"backbone", "view_head"}
+    assert report.endswith("; not used: region_head")
+
+
+def test_init_from_refuses_what_does_not_fit(tmp_path):
+    tensors, params = supervised(small_config(), "microsoft")
+    path = str(tmp_path / "a")
+    convert(write(tmp_path / "a.safetensors", tensors), path)
+    with pytest.raises(UserError, match="init_parts = 'backbone' leaves the heads random") as error:
+        init_from(random_params(small_config(), 5), path, "all")
+    assert "missing: view_head/last_layer/weight_g" in str(error.value)
+    new, _ = init_from(random_params(small_config(), 5), path, "backbone")
+    assert_same(new["backbone"], params["backbone"])
+
+    with pytest.raises(UserError) as error:
+        init_from(random_params(small_config(window_size=8), 5), path, "backbone")
+    _, *lines = str(error.value).splitlines()
+    table = "attn/relative_position_bias_table"
+    assert [line.strip() for line in lines] == [
+        f"wrong shape: backbone/layers_0/blocks_0/{table} is [49, 1], not [225, 1]",
+        f"wrong shape: backbone/layers_0/blocks_1/{table} is [49, 1], not [225, 1]",
+        f"wrong shape: backbone/layers_1/blocks_0/{table} is [49, 2], not [225, 2]",
+    ]
+    with pytest.raises(UserError, match="is no workdir"):
+        init_from({}, str(tmp_path / "nothing"), "all")

@@ -1,0 +1,217 @@
+"""Embeddings out: values, both files, resuming, refusing, memory."""
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_convert import random_params
+
+from esvit_jax import checkpoint
+from esvit_jax.config import UserError
+from esvit_jax.data.loader import eval_batches
+from esvit_jax.data.sources import open_source
+from esvit_jax.evaluate import embed as embed_module
+from esvit_jax.evaluate.embed import embed, main
+from esvit_jax.evaluate.features import FeatureExtractor
+from esvit_jax.interop.load import load
+
+PHOTOS = Path(__file__).parent / "data" / "photos"
+BUNDLED = "bundled/fashion_mnist_mini"
+
+
+@pytest.fixture
+def workdir(tmp_path, tiny_config):
+    """Of a run whose network has 16-px views and 16 features."""
+    return save(tmp_path / "run", tiny_config, seed=1)
+
+
+def save(directory, config, seed):
+    params = random_params(config, seed)
+    centers = {"view": np.zeros(32, np.float32), "region": np.zeros(32, np.float32)}
+    checkpoint.save_model(
+        directory, config=config, facts={}, student=params, teacher=params, centers=centers, step=6
+    )
+    return directory
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two classes, one file of which is no image."""
+    for i, file in enumerate(sorted(PHOTOS.glob("*.jpg"))):
+        folder = tmp_path / "photos" / ("a" if i % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+    (tmp_path / "photos" / "a" / "bad.jpg").write_text("no image")
+    return tmp_path / "photos"
+
+
+def arguments(workdir, out, *, data=BUNDLED, split="test[:10]"):
+    return [f"--workdir={workdir}", f"--data={data}", f"--split={split}", f"--out={out}",
+            "--batch_size=4"]  # fmt: skip
+
+
+def test_values_ids_and_labels_of_a_folder(tmp_path, workdir, photos, capsys):
+    main([*arguments(workdir, tmp_path / "f.npz", data=f"folder:{photos}", split="train"),
+          "--regions"])  # fmt: skip
+    assert f"features of 4 images: {tmp_path / 'f.npz'}" in capsys.readouterr().out
+    found = np.load(tmp_path / "f.npz")
+    assert set(found.files) == {"view", "regions", "label", "id", "about"}
+    files = sorted(p.relative_to(photos).as_posix() for p in photos.glob("*/*.jpg"))
+    files.remove("a/bad.jpg")
+    assert sorted(found["id"].tolist()) == files
+    assert [int(name.startswith("b/")) for name in found["id"]] == found["label"].tolist()
+
+    backbone, variables, preprocess = load(workdir)
+    out = jax.jit(lambda images: vars(backbone.apply(variables, images)))(
+        preprocess([photos / name for name in found["id"]])
+    )
+    np.testing.assert_allclose(found["view"], out["view"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["regions"], out["regions"], rtol=1e-5, atol=1e-5)
+    about = json.loads(str(found["about"]))
+    assert (about["step"], about["images"], about["class_names"]) == (6, 4, ["a", "b"])
+    assert about["data"] == f"folder:{photos}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npz", "photos", "run"]
+
+
+def test_parquet_holds_the_same(tmp_path, workdir):
+    main([*arguments(workdir, tmp_path / "f.npz"), "--regions"])
+    main([*arguments(workdir, tmp_path / "f.parquet"), "--regions"])
+    arrays = np.load(tmp_path / "f.npz")
+    file = pq.ParquetFile(tmp_path / "f.parquet")
+    assert file.metadata.num_row_groups == 3
+    table = file.read()
+    assert table["id"].to_pylist() == arrays["id"].tolist()
+    assert arrays["id"][9].endswith("__9")
+    np.testing.assert_array_equal(table["label"].to_numpy(), arrays["label"])
+    np.testing.assert_array_equal(np.stack(table["view"].to_numpy()), arrays["view"])
+    about = json.loads(table.schema.metadata[b"about"])
+    regions = np.stack(table["regions"].to_numpy()).reshape(-1, *about["shapes"]["regions"])
+    np.testing.assert_array_equal(regions, arrays["regions"])
+    assert arrays["regions"].shape == (10, 2, 2, 16)
+
+
+def test_a_broken_run_goes_on_where_it_was(tmp_path, workdir, monkeypatch, capsys):
+    main(arguments(workdir, tmp_path / "whole.npz"))
+
+    class BreaksInTheThirdBatch(FeatureExtractor):
+        def batches(self, params, source, first_batch=0):
+            for i, batch in enumerate(super().batches(params, source, first_batch)):
+                if i == 2:
+                    raise KeyboardInterrupt
+                yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed_module, "FeatureExtractor", BreaksInTheThirdBatch)
+        main(arguments(workdir, tmp_path / "f.npz"))
+    parts = tmp_path / "f.npz.parts"
+    assert not (tmp_path / "f.npz").exists()
+    assert sorted(p.name for p in parts.iterdir()) == ["00000000.npz", "00000001.npz", "about.json"]
+    (parts / "00000002.tmp").write_bytes(b"cut off")  # as a killed process leaves it
+    (parts / "whole.tmp").write_bytes(b"cut off")
+
+    decoded = []
+
+    def counted(source, **fields):
+        for batch in eval_batches(source, **fields):
+            decoded.extend(batch["id"])
+            yield batch
+
+    monkeypatch.setattr("esvit_jax.evaluate.features.eval_batches", counted)
+    capsys.readouterr()
+    main(arguments(workdir, tmp_path / "f.npz"))
+    assert "2 of 3 batches are there already" in capsys.readouterr().out
+    assert [name.rpartition("__")[2] for name in decoded] == ["8", "9", "", ""]
+    assert not parts.exists()
+    whole, resumed = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "f.npz")
+    for name in ("view", "label", "id"):
+        np.testing.assert_array_equal(whole[name], resumed[name])
+
+
+def test_parts_of_another_network_are_refused(tmp_path, workdir, tiny_config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed_module, "_write_npz", interrupted)
+        main(arguments(workdir, tmp_path / "f.npz"))
+    other = save(tmp_path / "other", tiny_config, seed=2)
+    with pytest.raises(UserError, match=r"parts of another embedding: params_sha1 .*remove it"):
+        main(arguments(other, tmp_path / "f.npz"))
+    with pytest.raises(UserError, match=r"split 'test\[:10\]' \(now 'test\[:8\]'\), records 10"):
+        main(arguments(workdir, tmp_path / "f.npz", split="test[:8]"))
+    main(arguments(workdir, tmp_path / "f.npz"))
+    assert np.load(tmp_path / "f.npz")["view"].shape == (10, 16)
+
+
+def test_refusals(tmp_path, workdir, photos):
+    (tmp_path / "f.npz").write_bytes(b"mine")
+    with pytest.raises(UserError, match="exists already"):
+        main(arguments(workdir, tmp_path / "f.npz"))
+    assert (tmp_path / "f.npz").read_bytes() == b"mine"
+    with pytest.raises(UserError, match=r"it must end in \.npz or \.parquet"):
+        main(arguments(workdir, tmp_path / "f.csv"))
+    with pytest.raises(UserError, match="--batch_size=5: 4 devices cannot share"):
+        main([*arguments(workdir, tmp_path / "g.npz"), "--batch_size=5"])
+    for file in photos.glob("*/*.jpg"):
+        file.write_text("no image")
+    with pytest.raises(UserError, match="none of 5 records is an image"):
+        main(arguments(workdir, tmp_path / "g.npz", data=f"folder:{photos}", split="train"))
+    assert not list(tmp_path.glob("g.npz*"))
+
+
+def test_without_labels_there_is_no_such_column(tmp_path, workdir):
+    args = arguments(workdir, tmp_path / "f.npz", data=f"folder:{PHOTOS}", split="train")
+    main(args)
+    assert set(np.load(tmp_path / "f.npz").files) == {"view", "id", "about"}
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.parquet"])
+def test_memory_does_not_grow_with_the_data(tmp_path, name, monkeypatch):
+    rows, dim = 64, 4096  # 1 MiB a batch
+
+    def peak_of(batches):
+        folder = tmp_path / f"{batches}.parts"
+        parts = embed_module._Parts(folder, {})
+        rng = np.random.default_rng(0)
+        for i in range(batches):
+            ids = np.array([f"{'long ' * (i == 1)}{i}/{row}.jpg" for row in range(rows)])
+            view = rng.standard_normal((rows, dim), np.float32)
+            parts.add({"view": view, "label": np.full(rows, i, np.int32), "id": ids})
+        write = {"f.npz": embed_module._write_npz, "f.parquet": embed_module._write_parquet}[name]
+        tracemalloc.start()
+        write(tmp_path / f"{batches}{name}", parts, {"images": rows * batches})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    few, many = peak_of(4), peak_of(32)
+    assert many < few + 2**20, (few, many)
+    if name == "f.npz":
+        found = np.load(tmp_path / "32f.npz")
+        assert found["view"].shape == (32 * rows, dim)
+        assert found["id"][rows] == "long 1/0.jpg" and found["id"][-1] == "31/63.jpg"
+    else:
+        assert pq.read_metadata(tmp_path / "32f.parquet").num_row_groups == 32
+
+
+def test_features_of_the_chosen_network(tmp_path, tiny_config):
+    student, teacher = random_params(tiny_config, 1), random_params(tiny_config, 2)
+    centers = {"view": np.zeros(32, np.float32), "region": np.zeros(32, np.float32)}
+    views = []
+    for facts in ({"key": "student"}, {}):
+        directory = tmp_path / f"run{len(facts)}"
+        checkpoint.save_model(
+            directory, config=tiny_config, facts=facts, student=student, teacher=teacher,
+            centers=centers,
+        )  # fmt: skip
+        loaded = checkpoint.load_model(directory)
+        loaded.config.evaluate.batch_size = 4
+        out = tmp_path / f"{len(facts)}.npz"
+        assert embed(loaded, open_source(BUNDLED, "test[:4]"), out, regions=False) == 4
+        views.append(np.load(out)["view"])
+    assert np.abs(views[0] - views[1]).max() > 0.1

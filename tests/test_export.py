@@ -1,0 +1,487 @@
+"""Backbones out: names, features as other libraries compute them, refusals, model cards."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from esvit_jax import checkpoint
+from esvit_jax.config import UserError, default_config
+from esvit_jax.interop import huggingface, timm
+from esvit_jax.interop.convert import convert
+from esvit_jax.interop.export import export, main
+from esvit_jax.interop.exportable import check_images, in_words, relative_error
+from esvit_jax.interop.load import load
+from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
+from esvit_jax.models import create_backbone, create_model
+from esvit_jax.state import init_params
+
+DATA = Path(__file__).parent / "data"
+PHOTOS = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg")
+TENSOR_FORMATS = ("huggingface", "timm", "esvit")
+MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+
+
+def small_config():
+    """32-px images, maps of 8 and 4, windows of 4; the first stage has shifted blocks."""
+    config = default_config()
+    config.dtype = "float32"
+    config.backbone.embed_dim = 16
+    config.backbone.depths = (2, 2)
+    config.backbone.num_heads = (2, 4)
+    config.backbone.window_size = 4
+    config.backbone.image_size = 32
+    config.views.global_size = 32
+    config.head.num_prototypes = 12
+    config.head.hidden_dim = 8
+    config.head.bottleneck_dim = 6
+    return config
+
+
+def random_params(config, seed):
+    """Params large enough that windows, shifts and bias tables show in the features."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        x = rng.normal(size=leaf.shape)
+        if path[-1].key == "kernel":
+            x /= np.prod(leaf.shape[:-1]) ** 0.5
+        elif path[-1].key == "scale":
+            x = 1 + 0.1 * x
+        return x.astype(np.float32)
+
+    model = create_model(config)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    config = small_config()
+    config.data.name = "folder:/photos"
+    config.batch_size = 8
+    facts = {"num_images": 100, "steps_per_epoch": 12, "total_steps": 60}
+    rng = np.random.default_rng(3)
+    centers = {head: rng.normal(size=12).astype(np.float32) for head in ("view", "region")}
+    for step in (10, 30):
+        networks = {
+            "student": random_params(config, step),
+            "teacher": random_params(config, step + 1),
+        }
+        checkpoint.save_model(
+            directory, config=config, facts=facts, **networks, centers=centers, step=step
+        )
+    lines = [
+        {"step": 20, "loss": 2.0, "knn/top1/10": 71.5, "knn/top5/10": 90.0, "knn/top1/20": 70.25},
+        {"step": 30, "loss": 1.0},
+        {"step": 40, "knn/top1/10": 99.0},
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(DATA / "swin_nano_w7.npz")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory, golden):
+    """Weights of the published implementation: four stages, windows of 7, 224 pixels."""
+    names = [n for n in golden.files if n.startswith(("student/", "teacher/"))]
+    tensors = {n.replace("/", ".", 1): np.ascontiguousarray(golden[n]) for n in names}
+    directory = tmp_path_factory.mktemp("nano")
+    save_file(tensors, directory / "nano.safetensors")
+    convert(directory / "nano.safetensors", directory / "converted")
+    return directory / "converted"
+
+
+def normalized(images):
+    """uint8[b, h, w, 3] as a backbone's input."""
+    return ((np.asarray(images) / 255 - MEAN) / STD).astype(np.float32)
+
+
+def photos(height, width):
+    """Real photos, squeezed into a size."""
+    images = [Image.open(DATA / "photos" / name).convert("RGB") for name in PHOTOS]
+    return normalized([image.resize((width, height), Image.BICUBIC) for image in images])
+
+
+def own_features(workdir, images, key="teacher"):
+    loaded = checkpoint.load_model(workdir)
+    params = getattr(loaded, key)["backbone"]
+    return jax.jit(lambda p, x: loaded.model.backbone.apply({"params": p}, x).view)(params, images)
+
+
+def snippet(text):
+    """The first block of Python in a Markdown text."""
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+# Names
+
+
+def published_tensors(config):
+    return state_dict_from_params({"backbone": random_params(config, 0)["backbone"]})
+
+
+def test_transformers_names():
+    tensors = huggingface.to_huggingface(published_tensors(small_config()))
+    block = "encoder.layers.1.blocks.0."
+    assert {name.removeprefix(block) for name in tensors if name.startswith(block)} == {
+        "layernorm_before.weight", "layernorm_before.bias",
+        "layernorm_after.weight", "layernorm_after.bias",
+        "attention.self.relative_position_bias_table",
+        "attention.self.query.weight", "attention.self.query.bias",
+        "attention.self.key.weight", "attention.self.key.bias",
+        "attention.self.value.weight", "attention.self.value.bias",
+        "attention.output.dense.weight", "attention.output.dense.bias",
+        "intermediate.dense.weight", "intermediate.dense.bias",
+        "output.dense.weight", "output.dense.bias",
+    }  # fmt: skip
+    assert {name for name in tensors if ".blocks." not in name} == {
+        "embeddings.patch_embeddings.projection.weight",
+        "embeddings.patch_embeddings.projection.bias",
+        "embeddings.norm.weight", "embeddings.norm.bias",
+        "encoder.layers.0.downsample.norm.weight", "encoder.layers.0.downsample.norm.bias",
+        "encoder.layers.0.downsample.reduction.weight",
+        "layernorm.weight", "layernorm.bias",
+    }  # fmt: skip
+    qkv = published_tensors(small_config())["layers.1.blocks.0.attn.qkv.weight"]
+    np.testing.assert_array_equal(tensors[block + "attention.self.key.weight"], qkv[32:64])
+
+
+@pytest.mark.parametrize("window_size", [7, 14])
+def test_names_and_shapes_that_timm_declares(window_size):
+    backbone = create_backbone("swin_tiny", window_size=window_size)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
+    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    tensors = timm.to_timm(state_dict_from_params({"backbone": empty}))
+    declared = json.loads((DATA / "timm_swin_tiny.json").read_text())[f"window {window_size}"]
+    assert {name: list(x.shape) for name, x in tensors.items()} == declared
+
+
+@pytest.mark.parametrize("library", [huggingface, timm])
+def test_names_and_back_are_exact(library):
+    tensors = published_tensors(small_config())
+    to, back = {
+        huggingface: (huggingface.to_huggingface, huggingface.from_huggingface),
+        timm: (timm.to_timm, timm.from_timm),
+    }[library]
+    again = back(to(tensors))
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(again[name], tensor)
+
+
+# Where libraries agree
+
+
+def test_sizes_at_which_transformers_agrees():
+    assert huggingface.agreeing_sizes(create_backbone("swin_tiny")) == list(range(193, 225))
+    assert huggingface.agreeing_sizes(create_backbone("swin_base", window_size=14)) == []
+    assert huggingface.agreeing_sizes(create_model(small_config()).backbone) == list(range(25, 33))
+
+
+@pytest.mark.parametrize("window_size", [7, 14])
+def test_sizes_at_which_timm_agrees(window_size):
+    backbone = create_backbone("swin_tiny", window_size=window_size)
+    assert timm.agreeing_sizes(backbone) == [221, 222, 223, 224]
+
+
+def test_ranges_in_words():
+    assert in_words([3, 5, 6, 7, 9]) == "3, 5 to 7, 9 pixels"
+
+
+# Exports
+
+
+@pytest.mark.parametrize("format", TENSOR_FORMATS)
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_what_is_exported_is_loaded(workdir, tmp_path, format, key):
+    errors = export(workdir, tmp_path / "out", format=format, key=key)
+    assert max(errors.values()) <= 1e-4
+    backbone, variables, preprocess = load(tmp_path / "out")
+    expected = getattr(checkpoint.load_model(workdir), key)["backbone"]
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], expected)
+    assert preprocess([DATA / "photos" / "coffee.jpg"]).shape == (1, 32, 32, 3)
+    assert backbone.embed_dim == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_published_names_and_shapes(nano, golden, tmp_path):
+    export(nano, tmp_path / "out", format="esvit")
+    tensors = load_file(tmp_path / "out" / "checkpoint.safetensors")
+    for network, prefix in (("student", "student.module."), ("teacher", "teacher.")):
+        names = [n for n in golden.files if n.startswith(network + "/")]
+        expected = {n.replace(network + "/", prefix): golden[n] for n in names}
+        found = {n: x for n, x in tensors.items() if n.startswith(prefix)}
+        index = {n: found.pop(n) for n in list(found) if n.endswith(".relative_position_index")}
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(found[name], tensor)
+        assert len(index) == 8
+        assert all(x.shape == (49, 49) and x.dtype == np.int64 for x in index.values())
+        # From the top left to the bottom right of a window, and the same place.
+        first = index[prefix + "layers.0.blocks.0.attn.relative_position_index"]
+        assert (first[0, 48], first[0, 0], first[48, 0]) == (0, 84, 168)
+
+
+def test_published_checkpoint_comes_back(workdir, tmp_path):
+    export(workdir, tmp_path / "out", format="esvit")
+    convert(tmp_path / "out" / "checkpoint.safetensors", tmp_path / "again")
+    old, new = (checkpoint.load_model(path) for path in (workdir, tmp_path / "again"))
+    for name in ("student", "teacher", "centers"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(new, name), getattr(old, name))
+
+
+def test_backbone_alone_is_exported(workdir, tmp_path):
+    export(workdir, tmp_path / "timm", format="timm", key="student")
+    convert(tmp_path / "timm" / "model.safetensors", tmp_path / "backbone", image_size=32)
+    export(tmp_path / "backbone", tmp_path / "out", format="esvit")
+    names = load_file(tmp_path / "out" / "checkpoint.safetensors").keys()
+    assert all(name.startswith("teacher.") and ".head" not in name for name in names)
+    assert "unknown here: converted from model.safetensors" in card(tmp_path / "out")
+    _, variables, _ = load(tmp_path / "out")
+    expected = checkpoint.load_model(workdir).student["backbone"]
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], expected)
+
+
+def test_stablehlo_runs_without_this_package(workdir, tmp_path):
+    export(workdir, tmp_path / "out", format="stablehlo", image_size=40)
+    images = np.random.default_rng(0).normal(size=(5, 40, 40, 3)).astype(np.float32)
+    np.save(tmp_path / "out" / "images.npy", images)
+    readme = (tmp_path / "out" / "README.md").read_text()
+    code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
+    program = f"""
+import sys
+sys.modules["esvit_jax"] = None  # importing it is an error
+import numpy as np
+images = np.load("images.npy")
+{code}
+np.save("features.npy", features(images))
+assert features(images[:2]).shape == (2, 32)
+assert not any(name.startswith(("flax", "esvit_jax.")) for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", check=True)
+    features = np.load(tmp_path / "out" / "features.npy")
+    assert relative_error(features, own_features(workdir, images)) <= 1e-5
+    assert len(readme.splitlines()) <= 12
+    exported = jax.export.deserialize(
+        bytearray((tmp_path / "out" / "features.jax_export").read_bytes())
+    )
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "huggingface", "image_size": 40}, "image_size=40: .* 25 to 32 pixels"),
+        ({"format": "timm", "image_size": 28}, "image_size=28: timm .* 29 to 32 pixels"),
+        ({"format": "stablehlo", "image_size": 3}, "image_size=3: it must be at least 4"),
+        ({"format": "esvit", "image_size": 0}, "image_size=0: it must be at least 4"),
+        ({"format": "esvit", "step": 11}, r"no checkpoint of step 11; it has steps \[10, 30\]"),
+    ],
+)
+def test_refusals_write_nothing(workdir, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        export(workdir, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_kept(workdir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"out exists already"):
+        export(workdir, tmp_path / "out", format="esvit")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_remote_folder_is_refused(workdir):
+    with pytest.raises(UserError, match=r"--to=gs://bucket/out: export to a local directory"):
+        main([f"--workdir={workdir}", "--to=gs://bucket/out", "--format=timm"])
+
+
+@pytest.mark.parametrize("format", TENSOR_FORMATS)
+def test_wrong_files_are_noticed(workdir, tmp_path, monkeypatch, format):
+    """One block's query and key swapped: every name and shape is right, the features are not."""
+    from esvit_jax.interop import exportable
+    from esvit_jax.interop.export import FORMATS
+
+    def swap(path, tensors):
+        for name, x in tensors.items():
+            if name.endswith("1.attn.qkv.weight"):
+                tensors[name] = np.roll(x, len(x) // 3, axis=0)
+            if name.endswith("1.attention.self.query.weight"):
+                key = name.replace("query", "key")
+                tensors[name], tensors[key] = tensors[key], x
+        exportable.write_tensors(path, tensors)
+
+    monkeypatch.setattr(FORMATS[format], "write_tensors", swap)
+    with pytest.raises(UserError, match=r"^nothing is written: .* off by"):
+        export(workdir, tmp_path / "out", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+# Model cards
+
+
+def card(folder):
+    return (folder / "model_card.md").read_text()
+
+
+def test_model_card(workdir, tmp_path, capsys):
+    main([f"--workdir={workdir}", f"--to={tmp_path / 'out'}", "--format=huggingface"])
+    text = card(tmp_path / "out")
+    assert "depths (2, 2), heads (2, 4), embed_dim 16, window 4, patch 4" in text
+    assert "| features | 32 an image" in text
+    assert "| input | RGB, 32 × 32: shorter side to 37 pixels (bicubic)" in text
+    assert "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in text
+    assert "the teacher's" in text
+    assert (
+        "| training | 30 steps of 8 images, matching views and regions (2.5 epochs), on "
+        "folder:/photos, split train (100 images) |" in text
+    )
+    assert (
+        "| k-NN | top-1 71.50 % (k=10), 70.25 % (k=20) on folder:/photos validation, step 20 |"
+        in text
+    )
+    assert 'SwinModel.from_pretrained("out")' in text
+    assert "25 to 32 pixels" in text
+    assert "- esvit_jax: 0.0e+00" in text
+    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_model_card_of_an_earlier_student(workdir, tmp_path):
+    export(workdir, tmp_path / "out", format="timm", key="student", step=10)
+    text = card(tmp_path / "out")
+    assert "the student's" in text
+    assert "| training | 10 steps" in text
+    assert "| k-NN | not known |" in text
+    assert "    embed_dim=16,\n    depths=(2, 2)," in text
+
+
+# The libraries themselves (extra torch)
+
+third_party = pytest.mark.filterwarnings("default")
+
+
+def transformers_model(folder):
+    """A new SwinModel: it keeps windows that an earlier image made it clip."""
+    from transformers import SwinModel
+
+    model, report = SwinModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def transformers_features(folder, images):
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        return transformers_model(folder)(pixels).pooler_output.numpy()
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(nano, tmp_path_factory):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("huggingface") / "out"
+    export(nano, folder, format="huggingface")
+    return folder
+
+
+@third_party
+def test_transformers_on_the_published_images(transformers_folder, golden):
+    features = transformers_features(transformers_folder, normalized(golden["crops/0"]))
+    assert relative_error(features, golden["pooled"]) <= 1e-4
+
+
+@third_party
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (196, 300)])
+def test_transformers_agrees_on_photos(nano, transformers_folder, height, width):
+    images = photos(height, width)
+    features = transformers_features(transformers_folder, images)
+    assert np.abs(features - own_features(nano, images)).max() <= 1e-4
+
+
+@third_party
+def test_snippet_for_transformers(nano, transformers_folder, monkeypatch):
+    images = [Image.open(DATA / "photos" / name) for name in PHOTOS]
+    monkeypatch.chdir(transformers_folder.parent)
+    scope = {"images": images}
+    exec(snippet(card(transformers_folder)), scope)
+    assert scope["out"].pooler_output.shape == (3, 64)
+    assert scope["out"].last_hidden_state.shape == (3, 49, 64)
+    # Of the photo that fits our canvas. Pillow rounds to whole levels, ours are fractional.
+    pixels = scope["processor"](images[:1], return_tensors="np")["pixel_values"]
+    levels = (pixels.transpose(0, 2, 3, 1) * STD + MEAN) * 255
+    _, _, preprocess = load(nano)
+    own_levels = (np.asarray(preprocess(images[:1])) * STD + MEAN) * 255
+    assert np.abs(levels - own_levels).mean() <= 0.5
+
+
+@third_party
+def test_transformers_by_size(workdir, tmp_path):
+    """Padded maps agree; a last map larger than its window does not, a smaller one does not run."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    export(workdir, tmp_path / "out", format="huggingface")
+    for size, low, high in ((28, 0.0, 1e-4), (40, 1e-2, 1.0)):
+        images = photos(size, 2 * size)
+        found = transformers_features(tmp_path / "out", images)
+        assert low <= relative_error(found, own_features(workdir, images)) <= high
+    with pytest.raises(RuntimeError):
+        transformers_features(tmp_path / "out", photos(24, 48))
+
+
+@third_party
+def test_published_file_of_torch(workdir, tmp_path):
+    torch = pytest.importorskip("torch")
+    export(workdir, tmp_path / "out", format="esvit", step=30)
+    content = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert content.keys() == {"student", "teacher", "dino_loss", "epoch"}
+    assert content["epoch"] == 2
+    assert all(name.startswith("module.") for name in content["student"])
+    assert content["teacher"]["head.last_layer.weight_v"].shape == (12, 6)
+    centers = checkpoint.load_model(workdir).centers
+    np.testing.assert_array_equal(content["dino_loss"]["center_grid"][0], centers["region"])
+    assert content["dino_loss"]["center"].shape == (1, 12)
+    network = {name: x.numpy() for name, x in content["teacher"].items()}
+    expected = checkpoint.load_model(workdir).teacher
+    jax.tree.map(np.testing.assert_array_equal, params_from_state_dict(network), expected)
+
+
+@third_party
+def test_snippet_for_timm(nano, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    errors = export(nano, tmp_path / "out", format="timm")
+    assert len(errors) == 2
+    images = photos(224, 224)
+    monkeypatch.chdir(tmp_path)
+    scope = {"images": torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))}
+    with torch.no_grad():
+        exec(snippet(card(tmp_path / "out")), scope)
+        features = scope["model"](scope["images"]).numpy()
+    assert np.abs(features - own_features(nano, images)).max() <= 1e-4
+
+
+def test_check_images_are_always_the_same():
+    images = check_images(32)
+    assert images.shape == (3, 32, 32, 3)
+    assert float(images[0, 0, 0, 0]) == pytest.approx(0.12573022)
+    np.testing.assert_array_equal(images[1, :8, :8], np.broadcast_to(images[1, 0, 0], (8, 8, 3)))
+    np.testing.assert_allclose(images[2, 0, 31], [-2, 2, 2])

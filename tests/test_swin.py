@@ -1,0 +1,390 @@
+"""The backbone against loops over tokens, in float64."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+
+from esvit_jax.config import UserError
+from esvit_jax.models import BACKBONES, Swin, create_backbone
+from esvit_jax.models.layers import DropPath
+from esvit_jax.models.swin import (
+    PatchMerging,
+    SwinBlock,
+    relative_position_index,
+    shift_mask,
+)
+
+TINY = dict(
+    embed_dim=4, depths=(2, 2), num_heads=(1, 2), window_size=3, patch_size=2, image_size=16
+)
+
+
+def random_params(init, inputs):
+    """Params of a module as normal numbers: no bias is 0, no scale is 1."""
+    shapes = jax.eval_shape(init, jax.random.key(0), inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# The reference: one token at a time.
+
+
+def norm(token, p):
+    deviation = token - token.mean()
+    return deviation / math.sqrt((deviation**2).mean() + 1e-6) * p["scale"] + p["bias"]
+
+
+def linear(token, p):
+    return token @ p["kernel"].astype(np.float64) + p.get("bias", 0.0)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def reference_block(x, p, heads, window, shift):
+    """One image [h, w, d]: the map after the block, and attention [windows, heads, n, n]."""
+    height, width, dim = x.shape
+    rows, columns = -(-height // window) * window, -(-width // window) * window
+    tokens = [(y, x) for y in range(rows) for x in range(columns)]
+    qkv = {}
+    for y, c in tokens:
+        inside = y < height and c < width
+        qkv[y, c] = linear(norm(x[y, c], p["norm1"]) if inside else np.zeros(dim), p["attn"]["qkv"])
+    shifted = {(y, c): ((y - shift) % rows, (c - shift) % columns) for y, c in tokens}
+    table, head_dim = p["attn"]["relative_position_bias_table"], dim // heads
+    attention = np.zeros((rows // window * (columns // window), heads, window**2, window**2))
+    out = x.astype(np.float64)
+    for q in tokens:
+        (qy, qx), merged = shifted[q], np.zeros(dim)
+        for head in range(heads):
+            part = slice(head * head_dim, (head + 1) * head_dim)
+            logits = {}
+            for k in tokens:
+                ky, kx = shifted[k]
+                if (ky // window, kx // window) != (qy // window, qx // window):
+                    continue
+                dy, dx = qy - ky, qx - kx
+                bias = table[(dy + window - 1) * (2 * window - 1) + dx + window - 1, head]
+                apart = (dy, dx) != (q[0] - k[0], q[1] - k[1])  # neighbours through the border only
+                logits[k] = (
+                    qkv[q][part] * head_dim**-0.5 @ qkv[k][dim:][part] + bias - 100.0 * apart
+                )
+            total = sum(math.exp(v) for v in logits.values())
+            for k, v in logits.items():
+                weight = math.exp(v) / total
+                merged[part] += weight * qkv[k][2 * dim :][part]
+                ky, kx = shifted[k]
+                attention[
+                    qy // window * (columns // window) + qx // window,
+                    head,
+                    qy % window * window + qx % window,
+                    ky % window * window + kx % window,
+                ] = weight
+        if q[0] < height and q[1] < width:
+            out[q] += linear(merged, p["attn"]["proj"])
+    for y in range(height):
+        for c in range(width):
+            hidden = gelu(linear(norm(out[y, c], p["norm2"]), p["mlp"]["fc1"]))
+            out[y, c] += linear(hidden, p["mlp"]["fc2"])
+    return out, attention
+
+
+def reference_merging(x, p):
+    height, width, dim = x.shape
+    padded = np.zeros((height + 1, width + 1, dim))
+    padded[:height, :width] = x
+    out = np.zeros((-(-height // 2), -(-width // 2), 2 * dim))
+    for i, j in np.ndindex(*out.shape[:2]):
+        y, c = 2 * i, 2 * j
+        four = padded[y, c], padded[y + 1, c], padded[y, c + 1], padded[y + 1, c + 1]
+        out[i, j] = linear(norm(np.concatenate(four), p["norm"]), p["reduction"])
+    return out
+
+
+def reference_swin(image, p, backbone):
+    """Regions, means of all blocks' maps, and attention weights of one image."""
+    size = backbone.patch_size
+    height, width = (-(-n // size) for n in image.shape[:2])
+    padded = np.zeros((height * size, width * size, 3))
+    padded[: image.shape[0], : image.shape[1]] = image
+    embed, x = p["patch_embed"], np.zeros((height, width, backbone.embed_dim))
+    for i, j in np.ndindex(height, width):
+        patch = padded[i * size : (i + 1) * size, j * size : (j + 1) * size]
+        value = np.einsum("yxc,yxcd->d", patch, embed["proj"]["kernel"]) + embed["proj"]["bias"]
+        x[i, j] = norm(value, embed["norm"])
+    maps, attention = [], []
+    for i, depth in enumerate(backbone.depths):
+        window, shift = backbone.stage_window(i)
+        for j in range(depth):
+            x, weights = reference_block(
+                x, p[f"layers_{i}"][f"blocks_{j}"], backbone.num_heads[i], window, shift * (j % 2)
+            )
+            last = i == len(backbone.depths) - 1
+            maps.append(np.apply_along_axis(norm, -1, x, p["norm"]) if last else x)
+            attention.append(weights)
+        if not last:
+            x = reference_merging(x, p[f"layers_{i}"]["downsample"])
+    return maps[-1], [m.mean(axis=(0, 1)) for m in maps], attention
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_relative_position_index(window):
+    index = relative_position_index(window)
+    tokens = [(y, x) for y in range(window) for x in range(window)]
+    for i, q in enumerate(tokens):
+        for j, k in enumerate(tokens):
+            dy, dx = q[0] - k[0], q[1] - k[1]
+            assert index[i, j] == (dy + window - 1) * (2 * window - 1) + (dx + window - 1)
+    assert index.min() == 0 and index.max() == (2 * window - 1) ** 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window", "shift"),
+    [(6, 6, 3, 1), (4, 8, 4, 2), (8, 4, 2, 1), (3, 3, 3, 1), (7, 14, 7, 3), (9, 6, 3, 2)],
+)
+def test_shift_mask(height, width, window, shift):
+    """Two tokens meet where they are as far apart in the map as they are in the window."""
+    mask = shift_mask(height, width, window, shift)
+    assert mask.dtype == np.float32
+    assert mask.shape == ((height // window) * (width // window), window**2, window**2)
+    for number in range(len(mask)):
+        top, left = (n * window for n in divmod(number, width // window))
+        places = [(top + y, left + x) for y in range(window) for x in range(window)]
+        origins = [((y + shift) % height, (x + shift) % width) for y, x in places]
+        for i, j in np.ndindex(window**2, window**2):
+            together = all(
+                origins[i][axis] - origins[j][axis] == places[i][axis] - places[j][axis]
+                for axis in (0, 1)
+            )
+            assert mask[number, i, j] == (0.0 if together else -100.0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window", "shift"), [(5, 8, 3, 0), (5, 8, 3, 1), (2, 3, 3, 1), (4, 3, 4, 2)]
+)
+def test_block_equals_loops(height, width, window, shift):
+    x = normal(1, 2, height, width, 8)
+    block = SwinBlock(2, window, shift, mlp_ratio=2.0, drop_path_rate=0.0)
+    params = random_params(functools.partial(block.init, train=False, attention=True), x)
+    out, weights = jax.jit(block.apply, static_argnums=(2, 3))({"params": params}, x, False, True)
+    for i in range(2):
+        expected, attention = reference_block(np.asarray(x[i]), params, 2, window, shift)
+        np.testing.assert_allclose(out[i], expected, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(weights[i], attention, rtol=2e-5, atol=2e-6)
+    assert block.apply({"params": params}, x, False, False)[1] is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 4), (4, 3), (3, 5), (1, 1)])
+def test_patch_merging(height, width):
+    x = normal(2, 1, height, width, 3)
+    params = random_params(PatchMerging().init, x)
+    out = PatchMerging().apply({"params": params}, x)
+    expected = reference_merging(np.asarray(x[0]), params)
+    np.testing.assert_allclose(out[0], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (13, 21), (7, 5)])
+def test_whole_backbone_equals_loops(height, width):
+    """Inputs of any size: padded to patches, odd maps, windows larger than the map."""
+    images = normal(3, 2, height, width, 3)
+    backbone = Swin(**TINY)
+    params = random_params(backbone.init, images)
+    out = jax.jit(functools.partial(backbone.apply, attention=True))({"params": params}, images)
+    regions, pooled, attention = reference_swin(np.asarray(images[1]), params, backbone)
+    np.testing.assert_allclose(out.regions[1], regions, rtol=5e-5, atol=5e-5)
+    np.testing.assert_allclose(out.view[1], regions.mean(axis=(0, 1)), rtol=5e-5, atol=5e-5)
+    for ours, theirs in zip(out.pooled, pooled, strict=True):
+        np.testing.assert_allclose(ours[1], theirs, rtol=5e-5, atol=5e-5)
+    for ours, theirs in zip(out.attention, attention, strict=True):
+        np.testing.assert_allclose(ours[1], theirs, rtol=5e-5, atol=5e-6)
+        np.testing.assert_allclose(ours.sum(axis=-1), 1.0, atol=1e-6)
+
+
+def parameters(embed_dim, depths, num_heads, windows):
+    """Parameters of a Swin of patch size 4, term by term."""
+    count = 4 * 4 * 3 * embed_dim + embed_dim + 2 * embed_dim
+    for i, (depth, heads, window) in enumerate(zip(depths, num_heads, windows, strict=True)):
+        d = embed_dim * 2**i
+        attention = (3 * d * d + 3 * d) + (d * d + d) + (2 * window - 1) ** 2 * heads
+        mlp = (4 * d * d + 4 * d) + (4 * d * d + d)
+        count += depth * (2 * d + attention + 2 * d + mlp)
+        if i < len(depths) - 1:
+            count += 2 * 4 * d + 4 * d * 2 * d
+    return count + 2 * d
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("swin_tiny", 27_519_354),
+        ("swin_small", 48_837_258),
+        ("swin_base", 86_743_224),
+        ("swin_large", 194_995_476),
+    ],
+)
+def test_parameter_counts(name, published):
+    images = jnp.zeros((1, 96, 96, 3))
+    fields = {k: BACKBONES[name][k] for k in ("embed_dim", "depths", "num_heads")}
+    for window, windows in ((7, (7, 7, 7, 7)), (14, (14, 14, 14, 7))):
+        backbone = create_backbone(name, window_size=window)
+        shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        assert count == parameters(**fields, windows=windows)
+        if window == 7:
+            assert count == published
+
+
+def test_stage_windows():
+    seven, fourteen = (Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), w) for w in (7, 14))
+    assert [seven.stage_window(i) for i in range(4)] == [(7, 3), (7, 3), (7, 3), (7, 0)]
+    assert [fourteen.stage_window(i) for i in range(4)] == [(14, 7), (14, 7), (14, 0), (7, 0)]
+
+
+def test_shapes_of_swin_tiny():
+    backbone = create_backbone("swin_tiny")
+    assert backbone.num_features == 768
+
+    def init(images):
+        out, _ = backbone.init_with_output(jax.random.key(0), images, attention=True)
+        return vars(out)
+
+    for size, side, windows in ((224, 7, (64, 16, 4, 1)), (96, 3, (16, 4, 1, 1))):
+        out = jax.eval_shape(init, jnp.zeros((2, size, size, 3)))
+        assert out["view"].shape == (2, 768) and out["regions"].shape == (2, side, side, 768)
+        assert [x.shape[-1] for x in out["pooled"]] == [96] * 2 + [192] * 2 + [384] * 6 + [768] * 2
+        assert sum(x.shape[-1] for x in out["pooled"][-4:]) == 2304
+        stages = zip((2, 2, 6, 2), windows, (3, 6, 12, 24), strict=True)
+        assert [x.shape for x in out["attention"]] == [
+            (2, w, heads, 49, 49) for depth, w, heads in stages for _ in range(depth)
+        ]
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(UserError, match="'swin_huge' is unknown; known are swin_tiny, "):
+        create_backbone("swin_huge")
+
+
+def test_initial_distributions():
+    backbone = create_backbone("swin_tiny", depths=(1,), num_heads=(3,))
+    params = jax.jit(backbone.init)(jax.random.key(1), jnp.zeros((1, 28, 28, 3)))["params"]
+    patch = params["patch_embed"]["proj"]
+    for values in patch.values():  # uniform, to +-1 / sqrt(fan-in)
+        scaled = np.abs(values) * math.sqrt(4 * 4 * 3)
+        assert scaled.max() <= 1.0 and np.mean(scaled) == pytest.approx(0.5, abs=0.1)
+    for name, values in traverse_util.flatten_dict(params["layers_0"], sep="/").items():
+        values = np.asarray(values)
+        if name.endswith(("kernel", "table")):
+            assert values.std() == pytest.approx(0.02, rel=0.06), name
+            share = np.mean(np.abs(values) < 0.02)  # of a normal distribution, 68 %
+            assert share == pytest.approx(0.683, abs=0.04), name
+        else:
+            assert np.all(values == (1.0 if name.endswith("scale") else 0.0)), name
+
+
+def drop(rate, x, train=True):
+    return DropPath(rate).apply({}, x, train, rngs={"drop_path": jax.random.key(3)})
+
+
+def test_drop_path_is_nothing_at_rate_0_and_when_not_training():
+    x = jnp.arange(12.0).reshape(4, 3)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, True), x)
+    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, False), x)
+
+
+def test_drop_path_keeps_whole_rows_and_the_mean():
+    x = jnp.ones((4096, 2, 3, 2))
+    out = np.asarray(drop(0.25, x)).reshape(4096, -1)
+    kept = out[:, 0] > 0
+    np.testing.assert_array_equal(out, np.broadcast_to(kept[:, None] / np.float32(0.75), out.shape))
+    assert kept.mean() == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 4096))
+    assert drop(0.25, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_drop_path_rates_grow_in_a_line():
+    rates = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, DropPath):
+            rates.append(context.module.rate)
+        return call(*args, **kwargs)
+
+    backbone = Swin(**TINY | dict(depths=(2, 4)), drop_path_rate=0.3)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    expected = np.repeat([0.0, 0.06, 0.12, 0.18, 0.24, 0.3], 2)  # two branches a block
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
+
+
+def test_remat_changes_nothing():
+    """The same output and gradients, drop path included, from the same params."""
+    images = normal(4, 4, 12, 16, 3)
+    fields = TINY | dict(depths=(2,), num_heads=(1,), drop_path_rate=0.5)
+    params = random_params(Swin(**fields).init, images)
+
+    def value_and_gradients(remat):
+        backbone = Swin(**fields, remat=remat)
+
+        def loss(params):
+            rngs = {"drop_path": jax.random.key(5)}
+            out = backbone.apply({"params": params}, images, True, rngs=rngs)
+            return jnp.sum(jnp.sin(out.regions))
+
+        return jax.jit(jax.value_and_grad(loss))(params), str(
+            jax.make_jaxpr(jax.grad(loss))(params)
+        )
+
+    (value, gradients), jaxpr = value_and_gradients("none")
+    assert "remat" not in jaxpr
+    for remat in ("dots", "block"):
+        (other, other_gradients), jaxpr = value_and_gradients(remat)
+        assert "remat" in jaxpr
+        np.testing.assert_allclose(other, value, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(other_gradients), jax.tree.leaves(gradients), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("attention_dtype", ["float32", "bfloat16"])
+def test_bfloat16_is_for_products_only(attention_dtype):
+    images = normal(6, 2, 16, 16, 3)
+    exact = Swin(**TINY)
+    params = random_params(exact.init, images)
+    backbone = Swin(**TINY, dtype=jnp.bfloat16, attention_dtype=attention_dtype)
+    own = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
+    assert {x.dtype for x in jax.tree.leaves(own)} == {jnp.dtype("float32")}
+
+    apply = functools.partial(backbone.apply, {"params": params}, attention=True)
+    out = jax.jit(apply)(images)
+    assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype("float32")}
+    for weights in out.attention:
+        np.testing.assert_allclose(weights.sum(axis=-1), 1.0, atol=1e-6)
+    used = {"exp": set(), "rsqrt": set(), "dot_general": set(), "conv_general_dilated": set()}
+    for equation in equations(jax.make_jaxpr(apply)(images).jaxpr):
+        if equation.primitive.name in used:
+            used[equation.primitive.name] |= {x.aval.dtype.name for x in equation.invars}
+    assert used["exp"] == used["rsqrt"] == {"float32"}
+    assert used["dot_general"] == used["conv_general_dilated"] == {"bfloat16"}
+    expected = jax.jit(exact.apply)({"params": params}, images).regions
+    error = np.linalg.norm(out.regions - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 7e-3

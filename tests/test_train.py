@@ -1,0 +1,217 @@
+"""The loop: resuming, refusing, skipping, stopping, layouts."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from esvit_jax import checkpoint, parallel, steps, train
+from esvit_jax.config import UserError, resolve
+from esvit_jax.metrics import read_metrics
+from esvit_jax.state import create_state, init_params
+
+QUIET = Console(quiet=True)
+CONFIG = os.path.join(os.path.dirname(__file__), "tiny.py")
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r}
+
+
+def start(workdir, *overrides, devices=1):
+    """`esvit train` in a process of its own."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.path.dirname(CONFIG),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "esvit_jax", "train", f"--config={CONFIG}",
+         f"--workdir={workdir}", *overrides],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A whole run of 8 steps on one device."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    process = start(workdir, "--config.total_steps=8")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return workdir
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_resumed_run_is_bit_equal(uninterrupted, tmp_path, kill):
+    """Killed between two checkpoints (3 and 6), or asked to stop; then started again."""
+    process = start(tmp_path, "--config.total_steps=8")
+    deadline = time.time() + 240
+    while time.time() < deadline and process.poll() is None:
+        path = tmp_path / "metrics.jsonl"
+        done = [r["step"] for r in read_metrics(path)] if path.exists() else []
+        saved = (tmp_path / "checkpoints" / "3").exists()
+        if done and done[-1] >= 4 and saved:
+            process.send_signal(kill)
+            break
+        time.sleep(0.005)
+    output, _ = process.communicate(timeout=120)
+    stopped_at = checkpoint.Checkpoints(str(tmp_path)).latest_step()
+    if kill == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL, output
+        assert stopped_at in (3, 6)
+    else:
+        assert process.returncode == 0 and "stopped by a signal" in output
+        assert stopped_at >= 4
+
+    process = start(tmp_path, "--config.total_steps=8")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert f"from step {stopped_at}" in output
+    expected = losses(uninterrupted)
+    assert list(expected) == list(range(1, 9))
+    assert losses(tmp_path) == expected
+    for ours, theirs in zip(
+        jax.tree.leaves(checkpoint.load_model(tmp_path)[3:6]),
+        jax.tree.leaves(checkpoint.load_model(uninterrupted)[3:6]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_other_run_in_workdir_is_refused(uninterrupted, tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.total_steps = 8
+    config.optimizer.learning_rate = 1e-3
+    config.log_every_steps = 2  # free
+    with pytest.raises(UserError, match=r"holds another run.*config.optimizer.learning_rate was"):
+        train.train(config, str(uninterrupted), QUIET)
+    config.optimizer.learning_rate = 5e-4
+    config.total_steps = 9
+    with pytest.raises(UserError, match=r"config.total_steps was 8 and is 9 now"):
+        train.train(config, str(uninterrupted), QUIET)
+
+
+def test_knn_command_evaluates_a_workdir(uninterrupted, tmp_path, capsys):
+    from esvit_jax.evaluate import knn
+
+    knn.main([f"--workdir={uninterrupted}", f"--out={tmp_path}/knn.json"])
+    report = json.loads((tmp_path / "knn.json").read_text())
+    assert report["step"] == 8 and report["test_images"] == 40 and report["train_images"] == 6000
+    assert 0 < report["top1/10"] <= 100
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_training_loads_neither_tensorflow_nor_torch(tmp_path):
+    code = (
+        "import sys, conftest; from esvit_jax import train; "
+        "c = conftest.tiny_config.__wrapped__(); c.total_steps = 1; "
+        f"train.train(c, {str(tmp_path)!r}); "
+        "bad = {'tensorflow', 'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=os.path.dirname(CONFIG), timeout=300,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+
+
+def test_bad_steps_are_skipped_then_stop_the_run(tiny_config, tmp_path):
+    """An infinite learning rate makes every loss after the first step not finite."""
+    tiny_config.optimizer.learning_rate = 1e38
+    tiny_config.max_bad_steps = 3
+    tiny_config.total_steps = 50
+    with pytest.raises(UserError, match=r"3 losses in a row .*max_bad_steps.*bad_step"):
+        train.train(tiny_config, str(tmp_path), QUIET)
+    batch = np.load(tmp_path / "bad_step" / "batch.npz")
+    assert batch["canvas"].shape == (8, 28, 28, 3)
+    scalars = json.loads((tmp_path / "bad_step" / "scalars.json").read_text())
+    assert scalars["bad_steps"] == 3
+    kept = checkpoint.load_model(tmp_path / "bad_step")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept.teacher))
+
+
+def test_unlabelled_folder_trains_and_knn_is_refused(tiny_config, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    r = np.random.default_rng(0)
+    for i in range(9):
+        cv2.imwrite(str(photos / f"{i}.jpg"), r.integers(0, 256, (20 + i, 30, 3), np.uint8))
+    tiny_config.data.name = f"folder:{photos}"
+    tiny_config.total_steps = 2
+    last = train.train(tiny_config, str(tmp_path / "run"), QUIET)
+    assert np.isfinite(last["loss"])
+    tiny_config.knn_every_steps = 1
+    tiny_config.data.test_split = "train"
+    with pytest.raises(UserError, match=r"config.knn_every_steps = 1: k-NN needs labels"):
+        train.train(tiny_config, str(tmp_path / "other"), QUIET)
+
+
+def run_steps(config, *, devices, mode, count=3):
+    """Params, teacher, centers and losses after a few steps on so many devices."""
+    numbers = resolve(config, num_images=6000, num_devices=devices)
+    model, optimizer, step, _ = train.build(config, numbers)
+    state = parallel.replicate(
+        create_state(model, optimizer, init_params(model, jax.random.key(0))), mode
+    )
+    lifted = parallel.lift(step, mode, devices=jax.devices()[:devices])
+    r = np.random.default_rng(1)
+    seen = []
+    for _ in range(count):
+        batch = {
+            "canvas": r.integers(0, 256, (8, 28, 28, 3), np.uint8),
+            "size": np.tile(np.array([[28, 20]], np.int32), (8, 1)),
+        }
+        batch = {k: x.reshape(devices, -1, *x.shape[1:]) for k, x in batch.items()}
+        state, scalars, features = lifted(state, batch)
+        seen.append(float(scalars["loss"]))
+    return state, seen, np.asarray(features)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Steps on one device, to compare layouts with."""
+    import conftest
+
+    return run_steps(conftest.tiny_config.__wrapped__(), devices=1, mode="pmap")
+
+
+@pytest.mark.parametrize(
+    ("devices", "mode", "accum_steps"), [(4, "pmap", 1), (4, "shard_map", 1), (2, "pmap", 2)]
+)
+def test_layouts_give_the_same_run(one_device, tiny_config, devices, mode, accum_steps):
+    """Views included: they depend on an image's place in the global batch alone."""
+    tiny_config.accum_steps = accum_steps
+    state, seen, features = run_steps(tiny_config, devices=devices, mode=mode)
+    expected_state, expected, expected_features = one_device
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    np.testing.assert_allclose(features, expected_features, rtol=1e-4, atol=1e-5)
+    for name in ("params", "teacher", "centers"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
+            getattr(state, name), getattr(expected_state, name),
+        )  # fmt: skip
+
+
+def test_no_local_views_and_no_regions(tiny_config):
+    tiny_config.views.num_local = 0
+    tiny_config.loss.region = False
+    state, seen, _ = run_steps(tiny_config, devices=1, mode="pmap", count=2)
+    assert set(state.centers) == {"view"} and "region_head" not in state.params
+    # Two views, teacher = student, no centers yet: the loss is near the entropy of the teacher.
+    assert 0 < seen[0] < 2 * np.log(32)
+
+
+def test_gradients_are_those_of_the_mean_over_devices(tiny_config):
+    """`steps.AXIS` is the one axis, and every scalar is the same on all devices."""
+    state, _, features = run_steps(tiny_config, devices=4, mode="pmap", count=1)
+    assert features.shape == (8, 16)
+    assert int(state.step) == 1 and state.step.shape == ()
+    assert steps.AXIS == "data"
