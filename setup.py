@@ -26,6 +26,7 @@ setup(
         "array_record",
         "einops",
         "etils",
+        "flatbuffers",  # of jax.export, which does not declare it
         "flax>=0.12",
         "grain>=0.2.14",
         "importlib_resources",  # of tensorflow-datasets, which does not declare it

@@ -30,10 +30,22 @@ def get_config() -> ConfigDict:
     config.views.global_size = 32
     config.views.local_size = 16
     config.views.num_local = 4
+    config.views.global_scale = (0.5, 1.0)
+    config.views.local_scale = (0.15, 0.5)
+    config.views.grayscale = 0.0
+    config.views.saturation = 0.0
+    config.views.hue = 0.0
+    config.views.blur_probability = (0.5, 0.1, 0.5)
+    config.views.blur_sigma = (0.1, 0.8)
+    config.views.solarize = (0.0, 0.0, 0.0)
     config.loss.prototype_chunk = 0
-    config.loss.warmup_teacher_temp_epochs = 3
+    config.loss.teacher_temp = 0.04
+    config.loss.warmup_teacher_temp_epochs = 0
     config.optimizer.warmup_epochs = 1.0
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.freeze_prototypes_epochs = 0.5
+    config.optimizer.teacher_momentum = 0.98
+    config.optimizer.final_weight_decay = 0.1
 
     config.data.name = "bundled/fashion_mnist_mini"
     config.data.test_split = "test"

@@ -7,6 +7,10 @@ the first item alone.
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -232,6 +236,18 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
     if facts.get("parts") == "backbone":
         arrays |= {"student": arrays["teacher"], "centers": {}}
     return LoadedModel(config, facts, model, **arrays, step=step)
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that gets its name at the end, if nothing fails."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_model(

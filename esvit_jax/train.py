@@ -404,6 +404,8 @@ def main(argv: list[str]) -> None:
     config, rest = parse_config(argv)
     arguments = parser.parse_args(rest)
     logging.set_verbosity(logging.WARNING)
+    if "://" in arguments.workdir:
+        raise UserError(f"--workdir={arguments.workdir} is remote: mount the bucket as a folder")
     if arguments.distributed:
         parallel.start_distributed()
     train(config, arguments.workdir)

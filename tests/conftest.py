@@ -3,11 +3,11 @@
 import os
 import tempfile
 
-# Four devices, so that layouts can be compared; before jax is imported. Processes that tests
-# start inherit the cache, and compile what was compiled before only once.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-)
+# Before jax is imported. Compilation is most of what tests take: LLVM may do without its
+# expensive passes. Four devices, so that layouts can be compared. Processes that tests start
+# inherit the cache, and compile what was compiled before only once.
+QUICK_COMPILE = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="jax_cache")

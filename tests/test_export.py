@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from esvit_jax import checkpoint
 from esvit_jax.config import UserError, default_config
-from esvit_jax.interop import huggingface, timm
+from esvit_jax.interop import huggingface, timm_names
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export, main
 from esvit_jax.interop.exportable import check_images, in_words, relative_error
@@ -165,17 +165,17 @@ def test_names_and_shapes_that_timm_declares(window_size):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
     empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
-    tensors = timm.to_timm(state_dict_from_params({"backbone": empty}))
+    tensors = timm_names.to_timm(state_dict_from_params({"backbone": empty}))
     declared = json.loads((DATA / "timm_swin_tiny.json").read_text())[f"window {window_size}"]
     assert {name: list(x.shape) for name, x in tensors.items()} == declared
 
 
-@pytest.mark.parametrize("library", [huggingface, timm])
+@pytest.mark.parametrize("library", [huggingface, timm_names])
 def test_names_and_back_are_exact(library):
     tensors = published_tensors(small_config())
     to, back = {
         huggingface: (huggingface.to_huggingface, huggingface.from_huggingface),
-        timm: (timm.to_timm, timm.from_timm),
+        timm_names: (timm_names.to_timm, timm_names.from_timm),
     }[library]
     again = back(to(tensors))
     assert again.keys() == tensors.keys()
@@ -195,7 +195,7 @@ def test_sizes_at_which_transformers_agrees():
 @pytest.mark.parametrize("window_size", [7, 14])
 def test_sizes_at_which_timm_agrees(window_size):
     backbone = create_backbone("swin_tiny", window_size=window_size)
-    assert timm.agreeing_sizes(backbone) == [221, 222, 223, 224]
+    assert timm_names.agreeing_sizes(backbone) == [221, 222, 223, 224]
 
 
 def test_ranges_in_words():
@@ -205,8 +205,10 @@ def test_ranges_in_words():
 # Exports
 
 
-@pytest.mark.parametrize("format", TENSOR_FORMATS)
-@pytest.mark.parametrize("key", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("format", "key"),
+    [("huggingface", "teacher"), ("timm", "student"), ("esvit", "teacher"), ("esvit", "student")],
+)
 def test_what_is_exported_is_loaded(workdir, tmp_path, format, key):
     errors = export(workdir, tmp_path / "out", format=format, key=key)
     assert max(errors.values()) <= 1e-4
@@ -269,7 +271,6 @@ import numpy as np
 images = np.load("images.npy")
 {code}
 np.save("features.npy", features(images))
-assert features(images[:2]).shape == (2, 32)
 assert not any(name.startswith(("flax", "esvit_jax.")) for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", check=True)
@@ -345,6 +346,8 @@ def test_model_card(workdir, tmp_path, capsys):
     main([f"--workdir={workdir}", f"--to={tmp_path / 'out'}", "--format=huggingface"])
     text = card(tmp_path / "out")
     assert "depths (2, 2), heads (2, 4), embed_dim 16, window 4, patch 4" in text
+    params = checkpoint.load_model(workdir).teacher["backbone"]
+    assert f"| parameters | {sum(x.size for x in jax.tree.leaves(params)):,}, float32 |" in text
     assert "| features | 32 an image" in text
     assert "| input | RGB, 32 × 32: shorter side to 37 pixels (bicubic)" in text
     assert "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in text

@@ -12,6 +12,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILE
 from rich.console import Console
 
 from esvit_jax import checkpoint, parallel, steps, train
@@ -30,7 +31,7 @@ def losses(workdir):
 def start(workdir, *overrides, devices=1):
     """`esvit train` in a process of its own."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.path.dirname(CONFIG),
     }
     return subprocess.Popen(

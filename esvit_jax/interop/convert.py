@@ -7,7 +7,6 @@ classifier is left behind. Everything else in the file is used exactly once, or 
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,9 @@ def convert(
       UserError: the file cannot be read or does not fit (every name and shape that does not is
         listed), or the directory is there already. Nothing is written then.
     """
-    source, directory = Path(source), Path(directory)
     if "://" in str(directory):
         raise UserError(f"--to={directory}: convert to a local directory, then copy it")
+    source, directory = Path(source), Path(directory)
     if directory.exists():
         raise UserError(f"--to={directory} exists already; remove it or take another name")
     found = sort_out(read_tensors(source))
@@ -117,19 +116,11 @@ def convert(
     else:
         facts["parts"] = "backbone"
         student, teacher, centers = None, chosen, None
-    _write(directory, config=config, facts=facts, student=student, teacher=teacher, centers=centers)
+    with checkpoint.whole_folder(directory) as folder:
+        checkpoint.save_model(
+            folder, config=config, facts=facts, student=student, teacher=teacher, centers=centers
+        )
     return [f"{source.name}: {in_words(model)}", *notes, *_report(found, config, network)]
-
-
-def _write(directory: Path, **model: Any) -> None:
-    """Writes beside the directory and renames, so that it is never there in part."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        checkpoint.save_model(temporary, **model)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _report(found: Found, config: ConfigDict, network: str) -> list[str]:

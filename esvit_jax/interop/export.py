@@ -6,9 +6,6 @@ and only then does the folder get its name.
 
 import argparse
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import jax
 
 from esvit_jax import checkpoint
 from esvit_jax.config import UserError
-from esvit_jax.interop import huggingface, published, stablehlo, timm
+from esvit_jax.interop import huggingface, published, stablehlo, timm_names
 from esvit_jax.interop.exportable import (
     Exportable,
     check_images,
@@ -29,7 +26,7 @@ from esvit_jax.metrics import read_metrics
 # Each has check, write, readings and usage.
 FORMATS = {
     "huggingface": huggingface,
-    "timm": timm,
+    "timm": timm_names,
     "esvit": published,
     "stablehlo": stablehlo,
 }
@@ -68,25 +65,14 @@ def export(
     source = load_exportable(workdir, key=key, image_size=image_size, step=step)
     module: Any = FORMATS[format]
     module.check(source)
-    with whole_folder(directory) as folder:
+    with checkpoint.whole_folder(directory) as folder:
         write_config(source, format, folder)
         module.write(source, folder)
         errors = check_features(module, source, folder)
-        card = model_card(source, Path(workdir), errors, module.usage(source))
-        (folder / "model_card.md").write_text(card.replace("FOLDER", directory.name))
+        usage = module.usage(source).replace("FOLDER", directory.name)
+        card = model_card(source, Path(workdir), errors, usage)
+        (folder / "model_card.md").write_text(card)
     return errors
-
-
-@contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that gets its name at the end, if nothing fails."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_config(source: Exportable, format: str, folder: Path) -> None:
@@ -124,7 +110,7 @@ CARD = """\
 | | |
 |---|---|
 | architecture | {architecture}; windows and shifts fixed for {trained_size} pixels |
-| parameters | {parameters:.1f} million, float32 |
+| parameters | {parameters:,}, float32 |
 | features | {features} an image (the mean of the regions), and as many a region |
 | input | RGB, {size} × {size}: shorter side to {resize_size} pixels (bicubic), then the centre |
 | normalisation | (pixels / 255 − mean) / std, mean {mean}, std {std} |
@@ -158,7 +144,7 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
     return CARD.format(
         architecture=in_words(source.loaded.model).removeprefix("a "),
         trained_size=backbone.image_size,
-        parameters=sum(x.size for x in jax.tree.leaves(source.params)) / 1e6,
+        parameters=sum(x.size for x in jax.tree.leaves(source.params)),
         features=backbone.num_features,
         size=source.image_size,
         resize_size=source.resize_size,
@@ -175,9 +161,7 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
 
 def training_in_words(source: Exportable) -> str:
     """Steps and data, as far as they are known."""
-    config, facts, step, *_ = (
-        source.loaded.config, source.loaded.facts, source.loaded.step
-    )  # fmt: skip
+    config, facts, step = source.loaded.config, source.loaded.facts, source.loaded.step
     if "source" in facts:
         epoch = f", epoch {facts['epoch']}" if facts.get("epoch") else ""
         return f"unknown here: converted from {facts['source']}{epoch}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from esvit_jax import checkpoint
 from esvit_jax.config import UserError
@@ -76,23 +76,24 @@ def load_exportable(
     """
     loaded = checkpoint.load_model(workdir, step)
     config = loaded.config
-    key = key or loaded.facts.get("key", "teacher")
-    backbone = loaded.model.backbone.clone(
+    chosen: str = key or loaded.facts.get("key", "teacher")
+    backbone: Any = loaded.model.backbone.clone(
         dtype=jnp.float32, attention_dtype="float32", remat="none"
     )
-    if image_size is None:
-        image_size = config.evaluate.size or config.views.global_size
-    if image_size < backbone.patch_size:
+    size = image_size
+    if size is None:
+        size = config.evaluate.size or config.views.global_size
+    if size < backbone.patch_size:
         raise UserError(
-            f"--image_size={image_size}: it must be at least {backbone.patch_size}, one patch"
+            f"--image_size={size}: it must be at least {backbone.patch_size}, one patch"
         )
-    params = jax.tree.map(np.asarray, getattr(loaded, key)["backbone"])
+    params = jax.tree.map(np.asarray, getattr(loaded, chosen)["backbone"])
 
     @jax.jit
     def features(params, images):
         return backbone.apply({"params": params}, images).view
 
-    return Exportable(loaded, key, backbone, params, image_size, features)
+    return Exportable(loaded, chosen, backbone, params, size, features)
 
 
 def check_images(image_size: int) -> Float[np.ndarray, "3 s s 3"]:
@@ -133,7 +134,8 @@ def position_indices(backbone: Swin) -> dict[str, Int[np.ndarray, "n n"]]:
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes a safetensors file, which keeps neither strides nor what is not contiguous."""
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    # `save_file` would make it readable for nobody else.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def refuse_size(image_size: int, sizes: Sequence[int], library: str, why: str) -> None:

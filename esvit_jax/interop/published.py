@@ -36,7 +36,7 @@ torch is installed. `checkpoint.safetensors` holds the same tensors, with the ke
 front of their names. `esvit convert` reads both, and
 
 ```python
-backbone, variables, preprocess = esvit_jax.load(FOLDER)
+backbone, variables, preprocess = esvit_jax.load("FOLDER")
 features = backbone.apply(variables, preprocess(images)).view  # [b, d]
 ```"""
 

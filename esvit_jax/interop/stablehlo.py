@@ -20,7 +20,8 @@ README = """\
 
 `{file}` is StableHLO with the weights inside, serialised by `jax.export` of JAX {version}
 for {platforms}. It takes float32 [b, {size}, {size}, 3], any b, normalised as
-`model_card.md` says, and gives view features float32 [b, {features}]. To call it,
+`model_card.md` says, and gives view features float32 [b, {features}]. Matrix products have the
+platform's default precision (TF32 on GPUs, bfloat16 on TPUs). To call it,
 `pip install jax flatbuffers` (this version of JAX, or a later one):
 
     from jax import export
@@ -40,7 +41,8 @@ def check(source: Exportable) -> None:
 
 def write(source: Exportable, folder: Path) -> None:
     """Writes the function and a README that says how to call it."""
-    params, backbone, size = source.params, source.backbone, source.image_size
+    params, size = source.params, source.image_size
+    backbone: Any = source.backbone
 
     @jax.jit
     def features(images):

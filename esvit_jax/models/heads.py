@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from esvit_jax.models.layers import LINEAR_INIT, l2_normalize, uniform_fan_in
+from esvit_jax.models.layers import Linear, gelu, l2_normalize, uniform_fan_in
 
 
 class Prototypes(nn.Module):
@@ -39,19 +39,16 @@ class ProjectionHead(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
-        def linear(features):
-            return nn.Dense(features, kernel_init=LINEAR_INIT, dtype=self.dtype)
-
         # Numbered as in the published state dict, where the odd ones are GELUs.
-        self.mlp_0 = linear(self.hidden_dim)
-        self.mlp_2 = linear(self.hidden_dim)
-        self.mlp_4 = linear(self.bottleneck_dim)
+        self.mlp_0 = Linear(self.hidden_dim, dtype=self.dtype)
+        self.mlp_2 = Linear(self.hidden_dim, dtype=self.dtype)
+        self.mlp_4 = Linear(self.bottleneck_dim, dtype=self.dtype)
         self.last_layer = Prototypes(self.num_prototypes, self.bottleneck_dim, self.norm_last_layer)
 
     def __call__(self, features: Float[Array, "*rows d"]) -> Float[Array, "*rows bottleneck"]:
         """Returns f32 bottleneck vectors of length 1."""
-        x = nn.gelu(self.mlp_0(features), approximate=False)
-        x = nn.gelu(self.mlp_2(x), approximate=False)
+        x = gelu(self.mlp_0(features))
+        x = gelu(self.mlp_2(x))
         return l2_normalize(self.mlp_4(x).astype(jnp.float32))
 
     def prototypes(self) -> Float[Array, "k bottleneck"]:
