@@ -29,9 +29,9 @@ class Chip:
 
 
 # Sources. v2: Jouppi et al., "A domain-specific supercomputer for training deep neural networks",
-# CACM 63(7), 2020, table 3. The others: the pages "TPU v3", "TPU v4", "TPU v5p", "TPU v5e",
-# "TPU v6e" and "TPU7x (Ironwood)" of the Google Cloud documentation (cloud.google.com/tpu/docs),
-# read in November 2026. A memory of "16 GB" there is 16 GiB, as the compiler's limits show.
+# CACM 63(7), 2020. The others: the pages "TPU v3", "TPU v4", "TPU v5p", "TPU v5e", "TPU v6e" and
+# "TPU7x (Ironwood)" of Google Cloud's documentation. A memory of "16 GB" there is 16 GiB, as the
+# compiler's limits show.
 CHIPS = {
     "v2": Chip(16 * GIB, 700e9, 46e12, "v2", "v2-{}", 2),
     "v3": Chip(32 * GIB, 900e9, 123e12, "v3", "v3-{}", 2),

@@ -256,7 +256,8 @@ def check(config: ConfigDict) -> None:
     at_least(
         1, "batch_size", "accum_steps", "max_bad_steps", "log_every_steps",
         "checkpoint_every_steps", "checkpoint_keep", "evaluate.batch_size", "head.num_prototypes",
-        "head.hidden_dim", "head.bottleneck_dim", "data.num_threads", "views.global_size", "views.local_size",
+        "head.hidden_dim", "head.bottleneck_dim", "data.num_threads", "views.global_size",
+        "views.local_size",
     )  # fmt: skip
     at_least(
         0, "seed", "knn_every_steps", "views.num_local", "loss.prototype_chunk",
