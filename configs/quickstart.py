@@ -10,11 +10,11 @@ def get_config() -> ConfigDict:
     """32-px views of 28-px grey pictures of clothes, two stages, 256 prototypes."""
     config = default_config()
     config.dtype = "float32"
-    config.batch_size = 64
-    config.total_epochs = 10
-    config.log_every_steps = 20
+    config.batch_size = 32
+    config.total_epochs = 6
+    config.log_every_steps = 50
     config.checkpoint_every_steps = 200
-    config.knn_every_steps = 300
+    config.knn_every_steps = 400
     config.knn_baselines = True
 
     config.backbone.embed_dim = 48
@@ -24,28 +24,26 @@ def get_config() -> ConfigDict:
     config.backbone.image_size = 32
     config.backbone.drop_path_rate = 0.0
     config.head.num_prototypes = 256
-    config.head.hidden_dim = 256
+    config.head.hidden_dim = 128
     config.head.bottleneck_dim = 64
+    config.head.norm_last_layer = True
 
     config.views.global_size = 32
     config.views.local_size = 16
     config.views.num_local = 4
-    config.views.global_scale = (0.5, 1.0)
-    config.views.local_scale = (0.15, 0.5)
-    config.views.grayscale = 0.0
-    config.views.saturation = 0.0
+    config.views.saturation = 0.0  # the pictures are grey
     config.views.hue = 0.0
-    config.views.blur_probability = (0.5, 0.1, 0.5)
-    config.views.blur_sigma = (0.1, 0.8)
-    config.views.solarize = (0.0, 0.0, 0.0)
+    config.views.grayscale = 0.0
+    config.views.blur_sigma = (0.1, 1.0)
+
     config.loss.prototype_chunk = 0
     config.loss.teacher_temp = 0.04
     config.loss.warmup_teacher_temp_epochs = 0
-    config.optimizer.warmup_epochs = 1.0
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.freeze_prototypes_epochs = 0.5
-    config.optimizer.teacher_momentum = 0.98
+    config.optimizer.learning_rate = 12e-3
+    config.optimizer.warmup_epochs = 0.5
     config.optimizer.final_weight_decay = 0.1
+    config.optimizer.freeze_prototypes_epochs = 0.0
+    config.optimizer.teacher_momentum = 0.99
 
     config.data.name = "bundled/fashion_mnist_mini"
     config.data.test_split = "test"

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from rich.console import Console
+from rich.table import Table
 
 from esvit_jax import checkpoint, metrics, optim, parallel, steps
 from esvit_jax.config import ConfigDict, RunNumbers, UserError, differences, parse_config, resolve
@@ -367,6 +369,28 @@ def in_words(accuracies: dict[str, float]) -> str:
     )
 
 
+def knn_summary(workdir: str) -> Table | None:
+    """What the run's k-NN evaluations say it learned, a row each; None if there were none."""
+    rows, ks = {}, []
+    for record in metrics.read_metrics(Path(workdir) / "metrics.jsonl"):
+        for prefix, title in (
+            ("raw_pixels/knn/top1/", "raw pixels"),
+            ("knn/top1/", f"teacher after {record['step']} steps"),
+        ):
+            top1 = {name: x for name, x in record.items() if name.startswith(prefix)}
+            if top1:
+                key = prefix if record["step"] == 0 else "last"
+                title = "teacher before training" if key == "knn/top1/" else title
+                rows[key] = [title, *(f"{x:.1f}" for x in top1.values())]
+                ks = [name.removeprefix(prefix) for name in top1]
+    if not rows:
+        return None
+    table = Table("features", *(f"k = {k}" for k in ks), title="k-NN top-1 on the test split, %")
+    for row in rows.values():
+        table.add_row(*row)
+    return table
+
+
 def draw_figures(config: ConfigDict, workdir: str) -> list[Path]:
     """Draws the loss curve and the views of the first training image; returns their paths."""
     from esvit_jax.analyze.figures import loss_figure, views_figure
@@ -410,5 +434,7 @@ def main(argv: list[str]) -> None:
         parallel.start_distributed()
     train(config, arguments.workdir)
     if jax.process_index() == 0:
-        for path in draw_figures(config, arguments.workdir):
-            print(path)
+        if table := knn_summary(arguments.workdir):
+            Console().print(table)
+        loss, views = draw_figures(config, arguments.workdir)
+        print(f"the loss: {loss}\nthe views of one image: {views}")
