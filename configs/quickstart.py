@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.dtype = "float32"
     config.batch_size = 32
-    config.total_epochs = 6
+    config.total_epochs = 4
     config.log_every_steps = 50
     config.checkpoint_every_steps = 200
     config.knn_every_steps = 400

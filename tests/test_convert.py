@@ -212,7 +212,6 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     file = write(tmp_path / "a.safetensors", tensors)
 
     def broken(directory, **_):
-        Path(directory).mkdir()
         (Path(directory) / "half").write_text("")
         raise OSError("disk full")
 
