@@ -7,7 +7,7 @@ import functools
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def train(config: ConfigDict, workdir: str, console: Any = None) -> dict[str, fl
     shown_warnings = set()
     clock, logged = metrics.StepClock(), start
     in_flight = collections.deque()
-    with progress, stop_on_signal() as stopping:
+    with closing(checkpoints), closing(batches), writer, progress, stop_on_signal() as stopping:
         for i in range(start, numbers.total_steps):
             with clock.waiting_for_data():
                 batch = next(batches)
@@ -193,11 +193,8 @@ def train(config: ConfigDict, workdir: str, console: Any = None) -> dict[str, fl
             if stopping:
                 say(f"stopped by a signal after step {done}; start it again to go on from there")
                 break
-    while in_flight:
-        stop_if_bad(config, workdir, state, in_flight.popleft(), say)
-    batches.close()
-    checkpoints.close()
-    writer.close()
+        while in_flight:
+            stop_if_bad(config, workdir, state, in_flight.popleft(), say)
     return last
 
 
