@@ -49,7 +49,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tf": ["tensorflow"],
         "torch": ["torch", "transformers"],
-        "test": ["beartype", "pillow", "pytest"],
-        "dev": ["beartype", "pillow", "pre-commit", "pyright", "pytest", "ruff"],
+        "test": ["beartype", "pillow", "pytest", "pytest-xdist"],
+        "dev": ["beartype", "pillow", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
     },
 )
