@@ -11,6 +11,7 @@ COMMANDS = {
     "embed": ("esvit_jax.evaluate.embed", "write the features of every image to a file"),
     "convert": ("esvit_jax.interop.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.interop.export", "write a backbone for other libraries"),
+    "bench": ("esvit_jax.bench.command", "time the training step on this machine"),
     "plan": ("esvit_jax.plan", "say what a run needs on a TPU that is not here"),
 }
 

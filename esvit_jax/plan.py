@@ -34,6 +34,7 @@ def plan(
     *,
     num_images: int = IMAGENET_IMAGES,
     batch_per_chip: int | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Compiles the training step for a topology, in a process of its own, and measures it.
 
@@ -42,6 +43,7 @@ def plan(
       topology: "v5e:2x4" and the like, or "cpu" for this machine.
       num_images: in the training split.
       batch_per_chip: images, in place of config.batch_size / chips.
+      quick: see `costs.measure`.
 
     Returns:
       See `costs.measure`.
@@ -55,7 +57,7 @@ def plan(
         raise UserError(f"--batch_per_chip={batch_per_chip}: it must be at least 1")
     order = {
         "config": flatten(config), "topology": topology, "num_images": num_images,
-        "batch_per_chip": batch_per_chip,
+        "batch_per_chip": batch_per_chip, "quick": quick,
     }  # fmt: skip
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD],
@@ -189,6 +191,10 @@ def main(argv: list[str]) -> None:
         "--batch_per_chip", type=int, help="images, in place of config.batch_size / chips"
     )
     parser.add_argument(
+        "--quick", action="store_true",
+        help="let the TPU compiler try less hard: half the time, and somewhat more memory",
+    )  # fmt: skip
+    parser.add_argument(
         "--num_images", type=int, default=IMAGENET_IMAGES, help="of the data set; ImageNet's"
     )
     parser.add_argument(
@@ -200,7 +206,11 @@ def main(argv: list[str]) -> None:
         parser.parse_args(argv)
     config, rest = parse_config(argv)
     arguments = parser.parse_args(rest)
-    fields = {"topology": arguments.topology, "num_images": arguments.num_images}
+    fields = {
+        "topology": arguments.topology,
+        "num_images": arguments.num_images,
+        "quick": arguments.quick,
+    }
     console = Console(stderr=arguments.json)
 
     facts = plan(config, **fields, batch_per_chip=arguments.batch_per_chip)

@@ -289,7 +289,12 @@ def test_command(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == facts
     (((config,), fields),) = given
     assert config.remat == "dots"
-    assert fields == {"topology": "v5e:2x4", "num_images": 1_281_167, "batch_per_chip": 5}
+    assert fields == {
+        "topology": "v5e:2x4",
+        "num_images": 1_281_167,
+        "quick": False,
+        "batch_per_chip": 5,
+    }
     main(arguments)
     printed = capsys.readouterr().out
     assert "parameters, MiB" in printed and "3.0" in printed

@@ -1,0 +1,198 @@
+"""`esvit bench`: the command, and its tables."""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from esvit_jax.bench.inputs import bench_input
+from esvit_jax.bench.losses import bench_losses
+from esvit_jax.bench.step import bench_split, bench_step, workload
+from esvit_jax.config import UserError, parse_config
+
+PARTS = ("step", "split", "losses", "input")
+IMAGENET_IMAGES = 1_281_167
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-headless")
+
+
+def main(argv: list[str]) -> None:
+    """`esvit bench`."""
+    parser = argparse.ArgumentParser(
+        prog="esvit bench",
+        description="Times the training step of a config on this machine, with random data.",
+        epilog="--config=FILE[:arguments] and --config.field=value describe the run.",
+    )
+    parser.add_argument(
+        "--parts", default="step,split",
+        help=f"of {', '.join(PARTS)}, with commas between; '' with --peer times only that",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7, help="timings; medians are given")
+    parser.add_argument(
+        "--peer", choices=["torch", "torch-compiled"],
+        help="also time the step in PyTorch with Hugging Face's SwinModel (extra torch)",
+    )  # fmt: skip
+    parser.add_argument("--photos", help="folder of photos, for --parts=input")
+    parser.add_argument(
+        "--loss_batches", default="8,32", help="images, for --parts=losses: one row each"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(argv)
+    config, rest = parse_config(argv)
+    arguments = parser.parse_args(rest)
+    parts = [part for part in arguments.parts.split(",") if part]
+    check_arguments(arguments, parts)
+
+    result: dict[str, Any] = {"where": where()}
+    if {"step", "split"} & set(parts) or arguments.peer:
+        work = workload(config, IMAGENET_IMAGES)
+        result["what"] = {
+            "backbone": config.backbone.name, "batch_size": config.batch_size,
+            "dtype": config.dtype, "remat": config.remat, "accum_steps": config.accum_steps,
+            "devices": jax.device_count(),
+        }  # fmt: skip
+        if "step" in parts:
+            result["step"] = bench_step(work, arguments.rounds)
+        if "split" in parts:
+            result["split"] = bench_split(work, arguments.rounds)
+        if arguments.peer:
+            from esvit_jax.bench.peer import bench_peer
+
+            result["peer"] = bench_peer(
+                work, arguments.rounds, compiled=arguments.peer == "torch-compiled"
+            )
+    if "losses" in parts:
+        batches = [int(batch) for batch in arguments.loss_batches.split(",")]
+        result["losses"] = bench_losses(config, batches, arguments.rounds)
+    if "input" in parts:
+        result["input"] = bench_input(config, arguments.photos, arguments.rounds)
+
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    for name, value in (result["where"] | result.get("what", {})).items():
+        console.print(f"{name}: {value}", highlight=False)
+    for table in tables(result):
+        console.print(table)
+
+
+def check_arguments(arguments: Any, parts: list[str]) -> None:
+    """Refuses what cannot be timed, before anything is compiled.
+
+    Raises:
+      UserError: names the flag.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts: {part!r} is unknown; known are {', '.join(PARTS)}")
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds={arguments.rounds}: it must be at least 1")
+    if "input" in parts and not arguments.photos:
+        raise UserError("--parts=input needs --photos=FOLDER, a folder of photos")
+    batches = arguments.loss_batches.split(",")
+    if not all(batch.isdigit() and int(batch) for batch in batches):
+        raise UserError(f"--loss_batches={arguments.loss_batches}: whole numbers from 1")
+    if arguments.peer:
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"--peer={arguments.peer} needs {package}: pip install 'esvit_jax[torch]'"
+                )
+
+
+def where() -> dict[str, Any]:
+    """Date, device and versions: what a number means nothing without."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in PACKAGES
+        if importlib.util.find_spec(name) or name.startswith("opencv")
+    }
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def tables(result: dict[str, Any]) -> Iterator[Table]:
+    """The measurements for reading."""
+    if step := result.get("step"):
+        median, low, high = step["step"]
+        yield _table("the step", {
+            "compilation": f"{step['compile_seconds']:.1f} s",
+            "a step, median (range)": f"{median:.3f} s ({low:.3f} to {high:.3f})",
+            "images/s": f"{step['images_per_second']:.2f}",
+            "TFLOP/s of its matrix products": f"{step['tflops']:.3f}",
+            "TFLOP/s of one large product": f"{step['product_tflops']:.3f}",
+            "share of that": f"{step['product_share']:.0%}",
+            "temporaries": f"{step['temp_bytes'] / 2**20:,.0f} MiB a device",
+            "state and batch": f"{step['argument_bytes'] / 2**20:,.0f} MiB a device",
+            "most memory in use": "not reported by this device" if step["peak_bytes"] is None
+            else f"{step['peak_bytes'] / 2**20:,.0f} MiB",
+        })  # fmt: skip
+    if split := result.get("split"):
+        total = sum(split.values())
+        yield _table(
+            "its parts, each on its own",
+            {name: f"{x:.3f} s  {x / total:4.0%}" for name, x in split.items()},
+        )
+    if peer := result.get("peer"):
+        table = Table("task", "ours, s", "peer, s", "ours / peer", title="beside PyTorch")
+        for task, x in peer.items():
+            table.add_row(task, f"{x['ours']:.2f}", f"{x['peer']:.2f}", f"{x['ratio']:.2f}")
+        yield table
+    if losses := result.get("losses"):
+        table = Table(
+            "images", "temporaries chunked, MiB", "plain, MiB", "share", "time chunked, s",
+            "plain, s", "ratio", "losses differ by", title="the losses, value and gradients",
+        )  # fmt: skip
+        for row in losses:
+            ours, plain = row["chunked"], row["plain"]
+            table.add_row(
+                str(row["images"]),
+                *(f"{x['temp_bytes'] / 2**20:,.0f}" for x in (ours, plain)),
+                f"{ours['temp_bytes'] / plain['temp_bytes']:.2f}",
+                *(f"{x['seconds']:.2f}" for x in (ours, plain)),
+                f"{ours['seconds'] / plain['seconds']:.2f}",
+                f"{abs(ours['loss'] - plain['loss']) / plain['loss']:.0e}",
+            )
+        yield table
+    if inputs := result.get("input"):
+        yield from _input_tables(inputs)
+
+
+def _input_tables(inputs: dict[str, Any]) -> Iterator[Table]:
+    pillow = inputs["pillow_views"]
+    rates = {f"decode, {name}": rate for name, rate in inputs["decode"].items()}
+    rates |= {f"loader, {how}": rate / inputs["cores"] for how, rate in inputs["loader"].items()}
+    rates["all views with Pillow"] = pillow
+    yield _table(
+        "photos of 500 × 375 to canvases, images/s a core",
+        {name: f"{rate:6,.0f}  {rate / pillow:5.1f} ×" for name, rate in rates.items()},
+    )
+    yield _table(
+        "mean absolute error of crops from a canvas, levels of 255",
+        {
+            f"canvas {side}": ", ".join(f"{kind} {error:.2f}" for kind, error in errors.items())
+            for side, errors in inputs["fidelity"].items()
+        },
+    )
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,261 @@
+"""The peer: the same training step in PyTorch, with Hugging Face's SwinModel and plain losses.
+
+Made of what one would take from the shelf: SwinModel, `torch.nn` heads, `torch.optim.AdamW`, all
+logits in memory. It is timed on the views of our own step and does not have to cut them. As in our
+backbone, windows and shifts are those of 224 px (`always_partition`), so both compute the same.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from esvit_jax.bench.step import Workload, compile_step, step_parts
+from esvit_jax.bench.timing import time_in_turns
+from esvit_jax.config import ConfigDict, UserError
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from transformers import SwinConfig, SwinModel
+except ImportError as error:
+    raise UserError("--peer=torch needs the extra torch: pip install 'esvit_jax[torch]'") from error
+
+
+def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Times three tasks, in turns with our own: one device's share of the batch.
+
+    Args:
+      work: our step.
+      rounds: timings, of which the median is given.
+      compiled: whether the peer goes through `torch.compile`.
+
+    Returns:
+      {task: {"ours": seconds, "peer": seconds, "ratio": ours / peer}} for the tasks `backbone`
+      (forward and backward on all views), `gradients` (teacher, student, heads, losses, gradients)
+      and `step` (the same, then clipping, AdamW, teacher and centers; ours also cuts the views).
+
+    Raises:
+      UserError: there is more than one device.
+    """
+    if jax.device_count() > 1:
+        raise UserError(f"--peer compares on one device, and there are {jax.device_count()}")
+    calls = _our_calls(work) | _peer_calls(work, compiled)
+    times = time_in_turns(calls, rounds)
+    return {
+        task: {
+            "ours": times[f"ours {task}"].median,
+            "peer": times[f"peer {task}"].median,
+            "ratio": times[f"ours {task}"].median / times[f"peer {task}"].median,
+        }
+        for task in ("backbone", "gradients", "step")
+    }
+
+
+def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
+    parts, backbone = step_parts(work), work.model.backbone
+    views = parts["augmentation"]()
+    params = jax.device_put(work.state.params["backbone"])
+
+    @jax.jit
+    def backbone_gradients(params, views):
+        def loss_of(params):
+            stacks = [views[name] for name in ("global", "local") if len(views[name])]
+            outputs = [
+                backbone.apply(
+                    {"params": params}, rearrange(stack, "v b h w c -> (v b) h w c"), True,
+                    rngs={"drop_path": jax.random.key(1)},
+                )
+                for stack in stacks
+            ]  # fmt: skip
+            return sum(jnp.mean(out.view**2) for out in outputs)
+
+        return jax.grad(loss_of)(params)
+
+    return {
+        "ours backbone": lambda: backbone_gradients(params, views),
+        "ours gradients": parts["gradients"],
+        "ours step": compile_step(work)[1],
+    }
+
+
+def _peer_calls(work: Workload, compiled: bool) -> dict[str, Callable[[], Any]]:
+    cuda = jax.default_backend() == "gpu"
+    peer = Peer(work, torch.device("cuda" if cuda else "cpu"), compiled)
+    views = to_torch(step_parts(work)["augmentation"](), peer.device)
+
+    def synchronised(task: Callable[[Any], Any]) -> Callable[[], None]:
+        def call():
+            task(views)
+            if cuda:
+                torch.cuda.synchronize()
+
+        return call
+
+    return {
+        "peer backbone": synchronised(peer.backbone_gradients),
+        "peer gradients": synchronised(peer.gradients),
+        "peer step": synchronised(peer.step),
+    }
+
+
+def to_torch(views: dict[str, jax.Array], device: Any) -> list[Any]:
+    """Stacks of views [v, b, h, w, 3] as tensors [v, b, 3, h, w]; none for no local views."""
+    stacks = [np.asarray(views[name]) for name in ("global", "local") if len(views[name])]
+    return [
+        torch.from_numpy(rearrange(x, "v b h w c -> v b c h w").copy()).to(device) for x in stacks
+    ]
+
+
+class Head(nn.Module):
+    """Three linears, L2 normalisation, weight-normalised prototypes: all logits."""
+
+    def __init__(self, dim: int, config: ConfigDict):
+        super().__init__()
+        hidden, bottleneck = config.hidden_dim, config.bottleneck_dim
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )  # fmt: skip
+        self.weight_g = nn.Parameter(torch.ones(config.num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.randn(config.num_prototypes, bottleneck))
+
+    def forward(self, features):
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return F.linear(F.normalize(self.mlp(features), dim=-1), weight)
+
+
+class Network(nn.Module):
+    """SwinModel and a head for views and one for regions, if there are any."""
+
+    def __init__(self, config: ConfigDict, backbone: Any, compiled: bool):
+        super().__init__()
+        swin = SwinModel(swin_config(backbone))
+        size = backbone.image_size
+        with torch.no_grad():  # SwinModel fixes windows and shifts by the first image it sees
+            swin(torch.zeros(1, 3, size, size))
+        self.swin = swin
+        self.run = torch.compile(swin) if compiled else swin
+        heads = ["view", "region"] if config.loss.region else ["view"]
+        self.heads = nn.ModuleDict(
+            {head: Head(backbone.num_features, config.head) for head in heads}
+        )
+
+    def forward(self, stacks):
+        """A pair for each stack: {"view": logits [v, b, k], "region": [v, b, n, k]}, and the
+        backbone's region features [v, b, n, d]."""
+        results = []
+        for stack in stacks:
+            out = self.run(stack.flatten(0, 1), always_partition=True)
+            regions = out.last_hidden_state.unflatten(0, stack.shape[:2])
+            inputs = {"view": out.pooler_output.unflatten(0, stack.shape[:2]), "region": regions}
+            logits = {name: head(inputs[name]) for name, head in self.heads.items()}
+            results.append((logits, regions))
+        return results
+
+
+def swin_config(backbone: Any) -> Any:
+    """Hugging Face's config of a backbone of ours."""
+    return SwinConfig(
+        image_size=backbone.image_size, patch_size=backbone.patch_size,
+        embed_dim=backbone.embed_dim, depths=list(backbone.depths),
+        num_heads=list(backbone.num_heads), window_size=backbone.window_size,
+        mlp_ratio=backbone.mlp_ratio, drop_path_rate=backbone.drop_path_rate,
+        layer_norm_eps=1e-6,
+    )  # fmt: skip
+
+
+class Peer:
+    """Student, teacher, centers and optimiser in PyTorch."""
+
+    def __init__(self, work: Workload, device: Any, compiled: bool):
+        config, keywords = work.config, work.step.keywords
+        self.device, self.clip_norm = device, config.optimizer.clip_norm
+        self.student_temp = config.loss.student_temp
+        self.teacher_temp = float(keywords["teacher_temp"](0))
+        self.center_momentum = config.loss.center_momentum
+        self.teacher_momentum = config.optimizer.teacher_momentum
+        self.autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
+        )
+        self.student = Network(config, work.model.backbone, compiled).to(device)
+        self.teacher = Network(config, work.model.backbone, compiled).to(device)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.centers = {
+            head: torch.zeros(config.head.num_prototypes, device=device)
+            for head in self.student.heads
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=1e-6, weight_decay=config.optimizer.weight_decay
+        )
+
+    def backbone_gradients(self, stacks: list[Any]) -> None:
+        """Forward and backward of SwinModel alone, on all views."""
+        self.optimizer.zero_grad()
+        with self.autocast():
+            outputs = [self.student.run(x.flatten(0, 1), always_partition=True) for x in stacks]
+            loss = sum(out.pooler_output.square().mean() for out in outputs)
+        loss.backward()
+
+    def gradients(self, stacks: list[Any]) -> tuple[Any, dict[str, Any]]:
+        """Teacher, student, losses, backward; returns the loss and the teacher's logits."""
+        self.optimizer.zero_grad()
+        with self.autocast():
+            with torch.no_grad():
+                teacher_logits, teacher_features = self.teacher(stacks[:1])[0]
+            student = self.student(stacks)
+        total = sum(
+            self._loss(head, student, teacher_logits[head].float(), teacher_features)
+            for head in self.centers
+        )
+        loss = total / len(self.centers)
+        loss.backward()
+        return loss, teacher_logits
+
+    def _loss(self, head, student, teacher_logits, teacher_features):
+        probs = F.softmax((teacher_logits - self.centers[head]) / self.teacher_temp, dim=-1)
+        total, pairs, first = 0.0, 0, 0
+        for logits, features in student:
+            log_probs = F.log_softmax(logits[head].float() / self.student_temp, dim=-1)
+            for s in range(len(features)):
+                for t in range(2):
+                    if first + s == t:
+                        continue
+                    targets = probs[t]
+                    if head == "region":
+                        targets = matched(targets, features[s], teacher_features[t])
+                    total = total - (targets * log_probs[s]).sum(dim=-1).mean()
+                    pairs += 1
+            first += len(features)
+        return total / pairs
+
+    def step(self, stacks: list[Any]) -> None:
+        """Gradients, clipping tensor by tensor, AdamW, teacher and centers."""
+        _, teacher_logits = self.gradients(stacks)
+        for p in self.student.parameters():
+            if p.grad is not None:
+                nn.utils.clip_grad_norm_(p, self.clip_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.teacher.parameters()), list(self.student.parameters()),
+                1 - self.teacher_momentum,
+            )  # fmt: skip
+            for head, logits in teacher_logits.items():
+                mean = logits.float().flatten(0, -2).mean(0)
+                self.centers[head].lerp_(mean, 1 - self.center_momentum)
+
+
+def matched(targets, student_features, teacher_features):
+    """For each student region the targets [b, n, k] of the most similar teacher region."""
+    with torch.no_grad():
+        student = F.normalize(student_features.float(), dim=-1)
+        teacher = F.normalize(teacher_features.float(), dim=-1)
+        matches = (student @ teacher.transpose(-1, -2)).argmax(dim=-1)
+    return targets.gather(1, matches[..., None].expand(-1, -1, targets.shape[-1]))

@@ -1,0 +1,182 @@
+"""The training step as a whole, its parts, and the machine's rate of matrix products."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from esvit_jax import costs, parallel
+from esvit_jax.bench.timing import time_in_turns
+from esvit_jax.config import ConfigDict, resolve
+from esvit_jax.state import TrainState, create_state, init_params
+from esvit_jax.steps import loss_and_gradients, pair_losses
+from esvit_jax.train import build
+
+PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the factors
+
+
+class Workload(NamedTuple):
+    """A config's training step with random data to run it on."""
+
+    config: ConfigDict
+    model: Any
+    optimizer: Any
+    step: Callable[..., Any]
+    state: TrainState  # on the host
+    batch: dict[str, np.ndarray]  # [devices, b, ...]
+
+
+def workload(config: ConfigDict, num_images: int) -> Workload:
+    """Builds a config's step, a new state, and a batch of noise of about the sizes of photos.
+
+    Raises:
+      UserError: the config cannot work on these devices.
+    """
+    numbers = resolve(config, num_images=num_images, num_devices=jax.device_count())
+    model, optimizer, step, _ = build(config, numbers)
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(config.seed))
+    state = jax.jit(functools.partial(create_state, model, optimizer))(params)
+    shapes = costs.batch_shapes(config, jax.local_device_count(), numbers.images_per_device)
+    rng = np.random.default_rng(config.seed)
+    side = config.data.canvas_size
+    batch = {
+        "canvas": rng.integers(0, 256, shapes["canvas"].shape, np.uint8),
+        "size": rng.integers(side * 3 // 4, side + 1, shapes["size"].shape, np.int32),
+    }
+    return Workload(config, model, optimizer, step, jax.device_get(state), batch)
+
+
+def bench_step(work: Workload, rounds: int) -> dict[str, Any]:
+    """Compiles and times the whole step, beside a matrix product of the same dtype.
+
+    Returns:
+      `compile_seconds`, `step` (a `Timing` as a list), `images_per_second`, `tflops` (operations
+      of the step's matrix products over its time, all devices), `product_tflops` (of a large
+      matrix product on one device, times the devices), `product_share` (the former over the
+      latter), `temp_bytes` and `argument_bytes` of the compiled step on one device, and
+      `peak_bytes` that a device says it held at most (None where it does not say).
+    """
+    start = time.perf_counter()
+    compiled, run_step = compile_step(work)
+    compile_seconds = time.perf_counter() - start
+    config, devices, memory = work.config, jax.device_count(), compiled.memory_analysis()
+    product, operations = matrix_product(config.dtype)
+    times = time_in_turns({"step": run_step, "product": product}, rounds)
+    flops = devices * costs.step_flops(work.step, work.state, work.batch)
+    tflops = flops / times["step"].median / 1e12
+    product_tflops = devices * operations / times["product"].median / 1e12
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "compile_seconds": compile_seconds,
+        "step": list(times["step"]),
+        "images_per_second": config.batch_size / times["step"].median,
+        "tflops": tflops,
+        "product_tflops": product_tflops,
+        "product_share": tflops / product_tflops,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def compile_step(work: Workload) -> tuple[Any, Callable[[], Any]]:
+    """The compiled step, and a call that takes one step further each time."""
+    state = parallel.replicate(work.state, work.config.parallel)
+    lifted: Any = parallel.lift(work.step, work.config.parallel, donate=True)
+    compiled = lifted.lower(state, work.batch).compile()
+
+    def run_step():
+        nonlocal state
+        state, scalars, _ = compiled(state, work.batch)
+        return scalars
+
+    return compiled, run_step
+
+
+def matrix_product(dtype: str) -> tuple[Callable[[], jax.Array], int]:
+    """A product of two large random matrices on one device, and its operations."""
+    size = PRODUCT_SIZE[jax.default_backend()]
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
+    product = jax.jit(jnp.matmul)
+    return lambda: product(a, b), 2 * size**3
+
+
+def bench_split(work: Workload, rounds: int) -> dict[str, float]:
+    """Seconds of the parts of a step on one device's share, each compiled on its own.
+
+    The student's backward pass is what teacher, student and losses leave of them all together.
+    As one program the step is faster than the sum: nothing between the parts is kept.
+    """
+    parts = step_parts(work)
+    medians = {name: time.median for name, time in time_in_turns(parts, rounds).items()}
+    together = medians.pop("gradients")
+    earlier = sum(medians[name] for name in ("teacher", "student", "losses"))
+    return {
+        "augmentation": medians["augmentation"],
+        "teacher forward": medians["teacher"],
+        "student forward": medians["student"],
+        "losses, both ways": medians["losses"],
+        "student backward": together - earlier,
+        "optimiser and teacher": medians["optimizer"],
+    }
+
+
+def step_parts(work: Workload) -> dict[str, Callable[[], Any]]:
+    """The parts of a step on the first device's share of the batch, as calls."""
+    keywords = work.step.keywords  # what `train.build` bound to the step
+    model, state = work.model, jax.device_put(work.state, jax.local_devices()[0])
+    batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, jax.local_devices()[0])
+    image_keys = jax.random.split(jax.random.key(0), len(batch["size"]))
+    make_views = jax.jit(keywords["make_views"])
+    views = make_views(image_keys, batch)
+    fields = {
+        "student_temp": keywords["student_temp"],
+        "teacher_temp": keywords["teacher_temp"](state.step),
+        "chunk": keywords["chunk"],
+        "dtype": keywords["dtype"],
+    }
+    drop_key = jax.random.key(1)
+
+    @jax.jit
+    def teacher(params, views):
+        return model.apply({"params": params}, [views["global"]])
+
+    @jax.jit
+    def student(params, views):
+        stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
+        return model.apply({"params": params}, stacks, True, rngs={"drop_path": drop_key})
+
+    @jax.jit
+    def losses(student_output, teacher_output):
+        def loss_of(student_output):
+            return pair_losses(
+                student=student_output, teacher=teacher_output, centers=state.centers, **fields
+            )[0]
+
+        return jax.grad(loss_of)(student_output)
+
+    gradients = jax.jit(functools.partial(loss_and_gradients, model=model, **fields))
+
+    @jax.jit
+    def update(grads, state):
+        updates, opt_state = work.optimizer.update(
+            grads, state.opt_state, state.params, step=state.step
+        )
+        return optax.apply_updates(state.params, updates), opt_state
+
+    outputs = student(state.params, views), teacher(state.teacher, views)
+    grads = gradients(state.params, state.teacher, state.centers, views, drop_key)[0]
+    return {
+        "augmentation": lambda: make_views(image_keys, batch),
+        "teacher": lambda: teacher(state.teacher, views),
+        "student": lambda: student(state.params, views),
+        "losses": lambda: losses(*outputs),
+        "gradients": lambda: gradients(state.params, state.teacher, state.centers, views, drop_key),
+        "optimizer": lambda: update(grads, state),
+    }
