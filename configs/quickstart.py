@@ -11,10 +11,10 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.dtype = "float32"
     config.batch_size = 32
-    config.total_epochs = 4
+    config.total_epochs = 5
     config.log_every_steps = 50
     config.checkpoint_every_steps = 200
-    config.knn_every_steps = 400
+    config.knn_every_steps = 1000
     config.knn_baselines = True
 
     config.backbone.embed_dim = 48
