@@ -6,6 +6,7 @@ anything is compiled.
 """
 
 import dataclasses
+import difflib
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -140,10 +141,23 @@ def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
         if holder.value is not None:
             holder.value.lock()  # a file that did not open is only reported when it is used
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        message = _unknown_field(argv) or " ".join(str(error).split())
+        raise UserError(message) from error
     if holder.value is None:
         raise UserError("--config is missing; give a file, such as --config=configs/quickstart.py")
     return holder.value, rest
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Names the first --config.field that is none, and the field most like it; "" if all are."""
+    config = default_config()
+    fields = [f"config.{name}" for name in (*flatten(config), *config)]
+    for argument in argv:
+        name = argument.split("=")[0].removeprefix("--")
+        if name.startswith("config.") and name not in fields:
+            similar = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            return f"{name} is no field; the one most like it is {similar}"
+    return ""
 
 
 # What may differ between two starts of the same run: it changes how the run is done, not what
@@ -265,6 +279,7 @@ def check(config: ConfigDict) -> None:
         "optimizer.min_learning_rate", "optimizer.warmup_epochs", "optimizer.weight_decay",
         "optimizer.final_weight_decay", "optimizer.clip_norm",
         "optimizer.freeze_prototypes_epochs", "data.num_workers", "data.max_bad_records",
+        "views.brightness", "views.contrast", "views.saturation",
     )  # fmt: skip
     positive(
         "total_epochs", "loss.student_temp", "loss.teacher_temp", "loss.warmup_teacher_temp",
@@ -300,6 +315,8 @@ def check(config: ConfigDict) -> None:
             lambda x: len(x) == 3 and all(0 <= p <= 1 for p in x),
             "three numbers between 0 and 1 (global view 1, global 2, local)",
         )
+    require("views.mean", lambda x: len(x) == 3 and all(map(math.isfinite, x)), "three numbers")
+    require("views.std", lambda x: len(x) == 3 and all(v > 0 for v in x), "three positive numbers")
     require("evaluate.k", lambda x: len(x) and all(k >= 1 for k in x), "numbers of neighbours")
     size = max(config.views.global_size, config.views.local_size if config.views.num_local else 0)
     require(

@@ -106,13 +106,13 @@ def measure(
 
     Returns:
       Numbers by name, ready for JSON, a chip and step where not said otherwise: `topology`,
-      `chips`, `per_chip_batch`, `remat`, `accum_steps`, `quick`, `parameter_bytes`, `optimizer_bytes`,
-      `teacher_bytes`, `argument_bytes` (state and batch with the padding of their layout),
-      `temp_bytes`, `peak_bytes` (all that is held at once), `hbm_bytes` (the chip's memory),
-      `fits`, `flops` (of matrix products), `bytes_accessed` (to and from the chip's memory),
-      `floor_seconds`, `floor_images_per_second` (of all chips), `floor_hours` (of the whole run),
-      `compile_seconds`, `versions`. None is what is not known: a step that does not fit has no
-      program to measure, and this machine's CPU no bandwidth to divide by.
+      `chips`, `per_chip_batch`, `remat`, `accum_steps`, `quick`, `parameter_bytes`,
+      `optimizer_bytes`, `teacher_bytes`, `argument_bytes` (state and batch with the padding of
+      their layout), `temp_bytes`, `peak_bytes` (all that is held at once), `hbm_bytes` (the
+      chip's memory), `fits`, `flops` (of matrix products), `bytes_accessed` (to and from that
+      memory), `floor_seconds`, `floor_images_per_second` (of all chips), `floor_hours` (of the
+      whole run), `compile_seconds`, `versions`. None is what is not known: a step that does not
+      fit has no program to measure, and this machine's CPU no bandwidth to divide by.
 
     Raises:
       UserError: the config cannot work on so many chips.

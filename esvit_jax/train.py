@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from rich.console import Console
-from rich.table import Table
 
 from esvit_jax import checkpoint, metrics, optim, parallel, steps
+from esvit_jax.analyze.summary import draw_figures, knn_summary
 from esvit_jax.config import ConfigDict, RunNumbers, UserError, differences, parse_config, resolve
 from esvit_jax.data.augment import augment
-from esvit_jax.data.loader import eval_batches, train_batches
+from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import open_source
-from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
-from esvit_jax.evaluate.knn import knn_accuracy
+from esvit_jax.evaluate.monitor import Evaluation, in_words
 from esvit_jax.interop.initialize import init_from
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.state import TrainState, create_state, init_params
@@ -241,40 +240,6 @@ def check_workdir(workdir: str, config: ConfigDict, numbers: RunNumbers) -> None
         checkpoint.write_config(workdir, config, facts)
 
 
-class Evaluation:
-    """k-NN on the test split, by features of the train split."""
-
-    def __init__(self, config: ConfigDict, train_source: Any):
-        self._config = config
-        test_source = open_source(
-            config.data.name, config.data.test_split, config.data.data_dir or None
-        )
-        for source in (train_source, test_source):
-            if not source.num_classes:
-                raise UserError(
-                    f"config.knn_every_steps = {config.knn_every_steps}: k-NN needs labels, and "
-                    f"{source.name} {source.split} has none; set it to 0"
-                )
-        self._sources = train_source, test_source
-        backbone = create_model(config).backbone
-        self._extractor = FeatureExtractor(view_features(backbone, config), config)
-
-    def knn(self, params: Any) -> dict[str, float]:
-        """{"knn/top1/10": percent, …} with the network's params (teacher or student)."""
-        return self._accuracy(self._extractor, params["backbone"])
-
-    def raw_pixels(self) -> dict[str, float]:
-        """The same with the images themselves as features."""
-        return self._accuracy(FeatureExtractor(raw_pixels(self._config), self._config), {})
-
-    def _accuracy(self, extractor: FeatureExtractor, params: Any) -> dict[str, float]:
-        train, test = (extractor.arrays(params, source) for source in self._sources)
-        result = knn_accuracy(
-            *train, *test, ks=self._config.evaluate.k, num_classes=self._sources[0].num_classes
-        )
-        return {f"knn/{name}": value for name, value in result.items()}
-
-
 def stop_if_bad(
     config: ConfigDict,
     workdir: str,
@@ -355,58 +320,6 @@ def describe(
         )
     where = f"from step {resume_step}" if resume_step is not None else "new"
     say(f"workdir {workdir} ({where})")
-
-
-def in_words(accuracies: dict[str, float]) -> str:
-    """Top-1 accuracies for each k, on one line."""
-    return ", ".join(
-        f"{value:.1f} % (k={name.rsplit('/', 1)[-1]})"
-        for name, value in accuracies.items()
-        if "top1" in name
-    )
-
-
-def knn_summary(workdir: str) -> Table | None:
-    """What the run's k-NN evaluations say it learned, a row each; None if there were none."""
-    rows, ks = {}, []
-    for record in metrics.read_metrics(Path(workdir) / "metrics.jsonl"):
-        for prefix, title in (
-            ("raw_pixels/knn/top1/", "raw pixels"),
-            ("knn/top1/", f"teacher after {record['step']} steps"),
-        ):
-            top1 = {name: x for name, x in record.items() if name.startswith(prefix)}
-            if top1:
-                key = prefix if record["step"] == 0 else "last"
-                title = "teacher before training" if key == "knn/top1/" else title
-                rows[key] = [title, *(f"{x:.1f}" for x in top1.values())]
-                ks = [name.removeprefix(prefix) for name in top1]
-    if not rows:
-        return None
-    table = Table("features", *(f"k = {k}" for k in ks), title="k-NN top-1 on the test split, %")
-    for row in rows.values():
-        table.add_row(*row)
-    return table
-
-
-def draw_figures(config: ConfigDict, workdir: str) -> list[Path]:
-    """Draws the loss curve and the views of the first training image; returns their paths."""
-    from esvit_jax.analyze.figures import loss_figure, views_figure
-
-    directory = Path(workdir) / "figures"
-    directory.mkdir(exist_ok=True)
-    source = open_source(config.data.name, config.data.train_split, config.data.data_dir or None)
-    batches = eval_batches(source, batch_size=1, canvas_size=config.data.canvas_size, num_threads=1)
-    batch = next(batches)
-    views = jax.jit(
-        lambda keys, batch: augment(keys, batch["canvas"], batch["size"], config.views)
-    )(jax.random.split(jax.random.key(config.seed), 1), model_inputs(batch))
-    views = {name: np.asarray(stack[:, 0]) for name, stack in views.items()}
-    paths = [directory / "loss.png", directory / "views.png"]
-    loss_figure(Path(workdir) / "metrics.jsonl", paths[0])
-    height, width = batch["size"][0]
-    image = batch["canvas"][0, :height, :width]
-    views_figure(image, views, config.views.mean, config.views.std, paths[1])
-    return paths
 
 
 def main(argv: list[str]) -> None:

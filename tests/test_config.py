@@ -91,6 +91,9 @@ REFUSED = [
     ("views.ratio", (0.0, 1.0)),
     ("views.blur_sigma", (2.0, 0.1)),
     ("views.blur_probability", (1.0, 0.1)),
+    ("views.mean", (0.5, 0.5)),
+    ("views.std", (0.2, 0.0, 0.2)),
+    ("views.brightness", -0.1),
     ("views.solarize", (0.0, 1.5, 0.0)),
     ("evaluate.k", ()),
     ("evaluate.k", (10, 0)),
@@ -272,6 +275,16 @@ def test_parse_names_a_bad_override(config_file, override, named):
     with pytest.raises(UserError, match=named) as error:
         parse_config([f"--config={config_file}", override])
     assert "\n" not in str(error.value)
+
+
+@reads_a_file
+def test_unknown_field_is_named_with_the_one_most_like_it(config_file):
+    with pytest.raises(UserError) as error:
+        parse_config([f"--config={config_file}", "--config.optimizer.learning_rat=1.0"])
+    assert str(error.value) == (
+        "config.optimizer.learning_rat is no field; the one most like it is "
+        "config.optimizer.learning_rate"
+    )
 
 
 @reads_a_file
