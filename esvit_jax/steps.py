@@ -30,7 +30,7 @@ def pair_losses(
     teacher: EsViTOutput,
     centers: dict[str, Array],
     student_temp: float,
-    teacher_temp: Array,
+    teacher_temp: Array | float,
     chunk: int,
     dtype: DTypeLike,
 ) -> tuple[Array, dict[str, Array]]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Real, UInt8
 
 # The default precision of a float32 product on a TPU is one bfloat16 pass. Its 8 bits would put the
 # weights and the half-done image off by up to half a level each; three passes keep 16 bits.
@@ -33,8 +33,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))))  # [24, 4]
 
 Image = Float[Array, "3 h w"]
-Number = float | Float[Array, ""]
-Integer = int | Int[Array, ""]
+Number = int | float | Real[Array, ""]
 
 
 class ViewParameters(NamedTuple):
@@ -211,7 +210,7 @@ def normalize(image: Image, mean: Any, std: Any) -> Float[Array, "h w 3"]:
 
 
 def resized_crop(
-    image: Image, box: Int[Array, " 4"], out: int, *, flip: bool | Bool[Array, ""] = False
+    image: Image, box: Real[Array, " 4"], out: int, *, flip: bool | Bool[Array, ""] = False
 ) -> Float[Array, "3 {out} {out}"]:
     """Crops to the box (y, x, height, width), then resizes to out × out, bicubic with antialias.
 
@@ -225,7 +224,7 @@ def resized_crop(
 
 
 def bicubic_weights(
-    size: int, out: int, start: Integer, length: Integer, resized: Integer, first: Number = 0.0
+    size: int, out: int, start: Number, length: Number, resized: Number, first: Number = 0.0
 ) -> Float[Array, "{out} {size}"]:
     """Weights of Pillow's bicubic resize along one axis; each row sums to 1.
 

@@ -1,8 +1,8 @@
 """EsViT: a backbone with a view head and a region head, over views of several sizes."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -25,12 +25,12 @@ class EsViTOutput:
       view_prototypes, region_prototypes: f32[k, bottleneck]; the latter None without region head.
     """
 
-    view: tuple[jax.Array, ...]
-    region: tuple[jax.Array, ...]
-    features: tuple[jax.Array, ...]
-    pooled: tuple[jax.Array, ...]
-    view_prototypes: jax.Array
-    region_prototypes: jax.Array | None
+    view: tuple[Any, ...]
+    region: tuple[Any, ...]
+    features: tuple[Any, ...]
+    pooled: tuple[Any, ...]
+    view_prototypes: Any
+    region_prototypes: Any
 
 
 class EsViT(nn.Module):

@@ -5,6 +5,7 @@ by `image_size`, also when a smaller view passes: a 96-px view uses the windows 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,10 @@ class BackboneOutput:
         row-major order of the padded and shifted map), or () unless asked for.
     """
 
-    view: jax.Array
-    regions: jax.Array
-    pooled: tuple[jax.Array, ...]
-    attention: tuple[jax.Array, ...]
+    view: Any
+    regions: Any
+    pooled: tuple[Any, ...]
+    attention: tuple[Any, ...]
 
 
 def relative_position_index(window_size: int) -> np.ndarray:
