@@ -115,7 +115,8 @@ def decode_simplejpeg(file: bytes, canvas_size: int, scaled: bool = False) -> An
     """
     import simplejpeg
 
-    height, width = simplejpeg.decode_jpeg_header(file)[:2]
+    header: Any = simplejpeg.decode_jpeg_header(file)
+    height, width = header[:2]
     scale = min(1.0, canvas_size / max(height, width))
     least = (round(height * scale), round(width * scale)) if scaled else (0, 0)
     rgb = simplejpeg.decode_jpeg(file, min_height=least[0], min_width=least[1])
@@ -182,7 +183,7 @@ def views_with_pillow(file: bytes, views: Any) -> list[np.ndarray]:
                 view = enhance(view).enhance(random.uniform(1 - strength, 1 + strength))
             hue, saturation, value = view.convert("HSV").split()
             turn = round(255 * random.uniform(-views.hue, views.hue))
-            hue = hue.point(lambda level, turn=turn: (level + turn) % 256)
+            hue = hue.point([(level + turn) % 256 for level in range(256)])
             view = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
         if random.random() < views.grayscale:
             view = view.convert("L").convert("RGB")

@@ -44,7 +44,7 @@ def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> lis
         outputs = random_outputs(config, images)
         programs, facts = {}, {}
         for name, losses in (("chunked", chunked), ("plain", plain)):
-            program = jax.jit(jax.value_and_grad(losses)).lower(*outputs).compile()
+            program: Any = jax.jit(jax.value_and_grad(losses)).lower(*outputs).compile()
             programs[name] = functools.partial(program, *outputs)
             facts[name] = {"temp_bytes": program.memory_analysis().temp_size_in_bytes}
             facts[name]["loss"] = float(programs[name]()[0])

@@ -200,7 +200,7 @@ class Peer:
         self.optimizer.zero_grad()
         with self.autocast():
             outputs = [self.student.run(x.flatten(0, 1), always_partition=True) for x in stacks]
-            loss = sum(out.pooler_output.square().mean() for out in outputs)
+            loss: Any = sum(out.pooler_output.square().mean() for out in outputs)
         loss.backward()
 
     def gradients(self, stacks: list[Any]) -> tuple[Any, dict[str, Any]]:
@@ -214,7 +214,7 @@ class Peer:
             self._loss(head, student, teacher_logits[head].float(), teacher_features)
             for head in self.centers
         )
-        loss = total / len(self.centers)
+        loss: Any = total / len(self.centers)
         loss.backward()
         return loss, teacher_logits
 

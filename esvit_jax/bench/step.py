@@ -26,7 +26,7 @@ class Workload(NamedTuple):
     config: ConfigDict
     model: Any
     optimizer: Any
-    step: Callable[..., Any]
+    step: Any  # functools.partial of `steps.train_step`
     state: TrainState  # on the host
     batch: dict[str, np.ndarray]  # [devices, b, ...]
 
