@@ -48,10 +48,11 @@ def test_plain_losses_are_the_chunked_ones(tiny_config, region):
 
 
 def test_losses_row(tiny_config):
+    tiny_config.head.num_prototypes, tiny_config.loss.prototype_chunk = 4096, 256
     (row,) = bench_losses(tiny_config, [2], rounds=1)
     assert row["images"] == 2
     assert row["chunked"]["loss"] == pytest.approx(row["plain"]["loss"], rel=1e-6)
-    assert row["chunked"]["temp_bytes"] < row["plain"]["temp_bytes"]
+    assert row["chunked"]["temp_bytes"] < row["plain"]["temp_bytes"] / 2
 
 
 def one_device_config(config):

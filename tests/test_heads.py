@@ -69,7 +69,8 @@ def test_prototypes_are_g_v_over_norm_of_v(fixed_norm):
     expected = g / np.linalg.norm(v, axis=1, keepdims=True) * (towards - along * unit)
     np.testing.assert_allclose(gradients["weight_v"], expected, rtol=1e-4, atol=1e-5)
     expected = np.zeros_like(along) if fixed_norm else along
-    np.testing.assert_allclose(gradients["weight_g"], expected, rtol=1e-5, atol=1e-6 * ~fixed_norm)
+    atol = 0.0 if fixed_norm else 1e-6
+    np.testing.assert_allclose(gradients["weight_g"], expected, rtol=1e-5, atol=atol)
 
 
 def test_initial_distributions():
