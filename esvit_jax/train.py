@@ -320,6 +320,8 @@ def describe(
         )
     where = f"from step {resume_step}" if resume_step is not None else "new"
     say(f"workdir {workdir} ({where})")
+    if resume_step == numbers.total_steps:
+        say("it has taken all its steps; there is nothing to train")
 
 
 def main(argv: list[str]) -> None:

@@ -153,8 +153,8 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
         yield table
     if losses := result.get("losses"):
         table = Table(
-            "images", "temporaries chunked, MiB", "plain, MiB", "share", "time chunked, s",
-            "plain, s", "ratio", "losses differ by", title="the losses, value and gradients",
+            "images", "chunked", "plain", "share", "chunked", "plain", "ratio", "differ by",
+            title="the losses, value and gradients: MiB of temporaries, then seconds",
         )  # fmt: skip
         for row in losses:
             ours, plain = row["chunked"], row["plain"]
