@@ -115,7 +115,7 @@ def default_config() -> ConfigDict:
     config.data.data_dir = ""  # where TFDS data sets lie; "" means TFDS's own default
     config.data.train_split = "train"  # TFDS split; slices such as train[:90%] work
     config.data.test_split = "validation"  # of the k-NN evaluation
-    config.data.canvas_size = 384  # pixels along the square uint8 canvas an image is fitted into
+    config.data.canvas_size = 512  # pixels along the square uint8 canvas an image is fitted into
     config.data.num_workers = 0  # processes that decode; 0 means this one
     config.data.num_threads = 16  # threads that read and decode, in each
     config.data.max_bad_records = 100  # undecodable records after which the run stops

@@ -140,9 +140,9 @@ def test_limits_are_allowed(field, value):
 
 
 def test_local_views_count_for_the_canvas_only_where_there_are_any():
-    check(changed(views__local_size=500, views__num_local=0))
-    with pytest.raises(UserError, match=r"config\.data\.canvas_size = 384: .* at least 500"):
-        check(changed(views__local_size=500))
+    check(changed(views__local_size=600, views__num_local=0))
+    with pytest.raises(UserError, match=r"config\.data\.canvas_size = 512: .* at least 600"):
+        check(changed(views__local_size=600))
 
 
 def test_published_recipe_in_numbers():
