@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.total_epochs = 5
     config.log_every_steps = 50
     config.checkpoint_every_steps = 200
-    config.knn_every_steps = 1000
+    config.knn_every_steps = 1000  # more than there are: after the last step only
     config.knn_baselines = True
 
     config.backbone.embed_dim = 48

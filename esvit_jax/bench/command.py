@@ -17,9 +17,9 @@ from esvit_jax.bench.inputs import bench_input
 from esvit_jax.bench.losses import bench_losses
 from esvit_jax.bench.step import bench_split, bench_step, workload
 from esvit_jax.config import UserError, parse_config
+from esvit_jax.plan import IMAGENET_IMAGES
 
 PARTS = ("step", "split", "losses", "input")
-IMAGENET_IMAGES = 1_281_167
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-headless")
 
 
