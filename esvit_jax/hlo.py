@@ -19,6 +19,7 @@ PARTS = {"slice", "dynamic-slice", "gather"}  # read as much as they return
 ELEMENT_BITS = re.compile(r"\d+")
 SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 TILE = re.compile(r"\(([\d,]+)\)")
+ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 NAME = re.compile(r"%([\w.\-]+)")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
@@ -72,7 +73,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def _array_bytes(element: str, sizes: str, layout: str) -> int:
-    if re.search(r"S\([1-9]\d*\)", layout) or element in ("token", "opaque"):
+    if ON_CHIP.search(layout) or element in ("token", "opaque"):
         return 0
     dims = [int(size.removeprefix("<=")) for size in sizes.split(",") if size]
     order, _, tiling = layout.partition(":")
@@ -164,11 +165,14 @@ class Traffic:
                 for i, operand in enumerate(x.operands)
             )
             return reads + self._written(self.computations[inner].root, inner, x.shape)
-        operands = [shape_bytes(computation.instructions[name].shape) for name in x.operands]
+        shapes = [computation.instructions[name].shape for name in x.operands]
+        operands = [shape_bytes(shape) for shape in shapes]
+        if x.opcode == "slice-start":  # its shape is ((source), part, context)
+            return _copied(_tuple_parts(x.shape)[1], shapes[0])
         if x.opcode in PARTS:
-            return sum(operands[1:]) + 2 * shape_bytes(x.shape)
+            return _copied(x.shape, shapes[0]) + sum(operands[1:])
         if x.opcode == "dynamic-update-slice":
-            return 2 * operands[1]
+            return _copied(shapes[1], shapes[0])
         return sum(operands) + shape_bytes(x.shape)
 
     def _read_by_fusion(self, name: str, index: int, shape: str) -> int:
@@ -234,6 +238,12 @@ class Traffic:
         if len(bounds) != 1:
             raise ValueError(f"loop {loop.name} has no constant bound")
         return bounds[0]
+
+
+def _copied(part: str, whole: str) -> int:
+    """Bytes that copying a part of an array to or from it moves: each end in main memory counts."""
+    in_main_memory = [shape for shape in (part, whole) if shape_bytes(shape)]
+    return len(in_main_memory) * shape_bytes(ON_CHIP.sub("", part))
 
 
 def _tuple_parts(shape: str) -> list[str]:

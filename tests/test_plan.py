@@ -125,6 +125,23 @@ ENTRY %main (a: f32[50,100], b: f32[1,100], i: s32[]) -> f32[50,100] {
     assert hlo.bytes_accessed(text) == 400 + 4  # one row written, the index read
 
 
+def test_bytes_of_copying_a_part_to_the_chip_and_back():
+    text = """HloModule m
+
+ENTRY %main (a: f32[50,100]) -> f32[50,100] {
+  %a = f32[50,100]{1,0} parameter(0)
+  %start = ((f32[50,100]{1,0}), f32[10,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:10], [0:100]}
+  %part = f32[10,100]{1,0:S(1)} slice-done(%start)
+  %half = f32[5,100]{1,0:S(1)} slice(%part), slice={[0:5], [0:100]}
+  %row = f32[1,100]{1,0} slice(%half), slice={[0:1], [0:100]}
+  %zero = s32[]{:S(2)} constant(0)
+  ROOT %u = f32[50,100]{1,0} dynamic-update-slice(%a, %half, %zero, %zero)
+}
+"""  # noqa: E501
+    # Ten lines to the chip, none between places there, one back, then five.
+    assert hlo.bytes_accessed(text) == (10 + 0 + 1 + 5) * 400
+
+
 def test_bytes_of_compiled_programs():
     def compiled(f, *shapes):
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
