@@ -5,6 +5,8 @@ python tests/block_bytes.py [v5e:2x4] [float32|bfloat16]   # the dtype of the at
 The whole step takes the TPU compiler many minutes; a change to a block shows here in one.
 """
 
+import functools
+import math
 import os
 import sys
 
@@ -29,15 +31,18 @@ def main(topology: str = "v5e:2x4", attention_dtype: str = "float32") -> None:
     for views, side, dim, heads, shift in BLOCKS:
         block = SwinBlock(heads, 7, shift, 4.0, 0.1, jnp.bfloat16, jnp.dtype(attention_dtype))
 
-        def run(params, x, gradient, block=block):
+        shape = views, side, side
+
+        def run(params, x, gradient, block=block, shape=shape):
             def forward(params, x):
-                return block.apply(params, x, True, False, rngs={"drop_path": key})[0]
+                return block.apply(params, x, shape, True, False, rngs={"drop_path": key})[0]
 
             out, backward = jax.vjp(forward, params, x)
             return out, backward(gradient)
 
-        x = jax.ShapeDtypeStruct((views, side, side, dim), jnp.bfloat16, sharding=sharding)
-        params = jax.eval_shape(lambda x, block=block: block.init(key, x, False, False), x)
+        x = jax.ShapeDtypeStruct((math.prod(shape), dim), jnp.bfloat16, sharding=sharding)
+        init = functools.partial(block.init, key, shape=shape, train=False, attention=False)
+        params = jax.eval_shape(init, x)
         params = jax.tree.map(
             lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding), params
         )

@@ -176,13 +176,17 @@ def test_shift_mask(height, width, window, shift):
 def test_block_equals_loops(height, width, window, shift):
     x = normal(1, 2, height, width, 8)
     block = SwinBlock(2, window, shift, mlp_ratio=2.0, drop_path_rate=0.0)
-    params = random_params(functools.partial(block.init, train=False, attention=True), x)
-    out, weights = jax.jit(block.apply, static_argnums=(2, 3))({"params": params}, x, False, True)
+    rows, shape = x.reshape(-1, 8), x.shape[:3]
+    init = functools.partial(block.init, shape=shape, train=False, attention=True)
+    params = random_params(init, rows)
+    run = jax.jit(block.apply, static_argnums=(2, 3, 4))
+    out, weights = run({"params": params}, rows, shape, False, True)
+    out = out.reshape(x.shape)
     for i in range(2):
         expected, attention = reference_block(np.asarray(x[i]), params, 2, window, shift)
         np.testing.assert_allclose(out[i], expected, rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(weights[i], attention, rtol=2e-5, atol=2e-6)
-    assert block.apply({"params": params}, x, False, False)[1] is None
+    assert block.apply({"params": params}, rows, shape, False, False)[1] is None
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 4), (4, 3), (3, 5), (1, 1)])
@@ -292,23 +296,23 @@ def test_initial_distributions():
             assert np.all(values == (1.0 if name.endswith("scale") else 0.0)), name
 
 
-def drop(rate, x, train=True):
-    return DropPath(rate).apply({}, x, train, rngs={"drop_path": jax.random.key(3)})
+def drop(rate, x, images):
+    return DropPath(rate).apply({}, x, images, True, rngs={"drop_path": jax.random.key(3)})
 
 
 def test_drop_path_is_nothing_at_rate_0_and_when_not_training():
     x = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, True), x)
-    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, False), x)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, 2, True), x)
+    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, 2, False), x)
 
 
-def test_drop_path_keeps_whole_rows_and_the_mean():
-    x = jnp.ones((4096, 2, 3, 2))
-    out = np.asarray(drop(0.25, x)).reshape(4096, -1)
+def test_drop_path_keeps_whole_images_and_the_mean():
+    x = jnp.ones((4096 * 6, 2))
+    out = np.asarray(drop(0.25, x, 4096)).reshape(4096, -1)
     kept = out[:, 0] > 0
     np.testing.assert_array_equal(out, np.broadcast_to(kept[:, None] / np.float32(0.75), out.shape))
     assert kept.mean() == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 4096))
-    assert drop(0.25, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert drop(0.25, x.astype(jnp.bfloat16), 4096).dtype == jnp.bfloat16
 
 
 def test_drop_path_rates_grow_in_a_line():

@@ -56,17 +56,20 @@ def gelu(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch for some rows and scales the others (Huang et al. 2016)."""
+    """Drops a residual branch for some images and scales the others (Huang et al. 2016)."""
 
     rate: float
 
     @nn.compact
-    def __call__(self, branch: Float[Array, "b ..."], train: bool) -> Float[Array, "b ..."]:
+    def __call__(
+        self, branch: Float[Array, "rows d"], images: int, train: bool
+    ) -> Float[Array, "rows d"]:
+        """Each of the images has as many rows, one after the other."""
         if not train or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        rows = (branch.shape[0],) + (1,) * (branch.ndim - 1)
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, rows)
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (images,))
+        kept = jnp.repeat(kept, branch.shape[0] // images)[:, None]
         return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
 
 

@@ -81,13 +81,13 @@ class WindowAttention(nn.Module):
 
         Returns the tokens and the attention weights (softmax over the last axis).
         """
-        b, m, n, dim = x.shape
+        n, dim = x.shape[2:]
         heads, head_dim = self.num_heads, dim // self.num_heads
         qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(x)
-        # Batch axes first: elsewhere they cost CPUs a slow product, and merged into one they cost
-        # TPUs a sixth more bytes and half more temporaries (CHANGELOG, "Bytes").
-        query, key, value = rearrange(
-            qkv, "b m n (three heads d) -> three b m heads n d", three=3, heads=heads
+        # Cut in three before the heads get their axis, or TPUs copy all of it once more.
+        query, key, value = (
+            rearrange(y, "b m n (heads d) -> b m heads n d", heads=heads)
+            for y in jnp.split(qkv, 3, axis=-1)
         )
         logits = jnp.einsum(
             "bmhqd,bmhkd->bmhqk",
@@ -124,32 +124,37 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w d"], train: bool, attention: bool
-    ) -> tuple[Float[Array, "b h w d"], Float[Array, "b m heads n n"] | None]:
-        height, width, dim = x.shape[1:]
+        self, rows: Float[Array, "bhw d"], shape: tuple[int, int, int], train: bool, attention: bool
+    ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
+        """`rows` are all tokens of the maps, whose `shape` is (b, h, w), in row-major order.
+
+        A TPU keeps rows without gaps; of maps it would pad each line to a multiple of 8 or 16
+        tokens, which moves a third more bytes (CHANGELOG, "Bytes").
+        """
+        images, height, width = shape
         size, shift = self.window_size, self.shift
 
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        y = LayerNorm(dtype=self.dtype, name="norm1")(rows).reshape(*shape, -1)
         # Padding comes after the norm and is not masked: padded tokens take part, as the bias.
         y = jnp.pad(y, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
-        rows, columns = y.shape[1:3]
+        lines, columns = y.shape[1:3]
         if shift:
             y = jnp.roll(y, (-shift, -shift), axis=(1, 2))
         windows = rearrange(y, "b (y h) (x w) d -> b (y x) (h w) d", h=size, w=size)
-        mask = shift_mask(rows, columns, size, shift) if shift else None
+        mask = shift_mask(lines, columns, size, shift) if shift else None
         windows, weights = WindowAttention(
             self.num_heads, size, self.dtype, self.logits_dtype, name="attn"
         )(windows, mask)
-        y = rearrange(windows, "b (y x) (h w) d -> b (y h) (x w) d", y=rows // size, h=size)
+        y = rearrange(windows, "b (y x) (h w) d -> b (y h) (x w) d", y=lines // size, h=size)
         if shift:
             y = jnp.roll(y, (shift, shift), axis=(1, 2))
-        y = y[:, :height, :width]
+        y = y[:, :height, :width].reshape(rows.shape)
 
-        x = x + DropPath(self.drop_path_rate, name="drop_path1")(y, train)
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = Mlp(int(dim * self.mlp_ratio), self.dtype, name="mlp")(y)
-        x = x + DropPath(self.drop_path_rate, name="drop_path2")(y, train)
-        return x, weights if attention else None
+        rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, images, train)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(rows)
+        y = Mlp(int(rows.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
+        rows = rows + DropPath(self.drop_path_rate, name="drop_path2")(y, images, train)
+        return rows, weights if attention else None
 
 
 class PatchMerging(nn.Module):
@@ -215,11 +220,12 @@ class Stage(nn.Module):
         block_class = SwinBlock
         if self.remat != "none":
             block_class = nn.remat(
-                SwinBlock, static_argnums=(2, 3), policy=REMAT_POLICIES[self.remat]
+                SwinBlock, static_argnums=(2, 3, 4), policy=REMAT_POLICIES[self.remat]
             )
-        maps, weights = [], []
+        images, height, width, dim = x.shape
+        rows, maps, weights = x.reshape(-1, dim), [], []
         for j in range(self.depth):
-            x, block_weights = block_class(
+            rows, block_weights = block_class(
                 self.num_heads,
                 self.window_size,
                 self.shift if j % 2 else 0,
@@ -228,9 +234,10 @@ class Stage(nn.Module):
                 self.dtype,
                 self.logits_dtype,
                 name=f"blocks_{j}",
-            )(x, train, attention)
-            maps.append(x)
+            )(rows, (images, height, width), train, attention)
+            maps.append(rows.reshape(x.shape))
             weights.append(block_weights)
+        x = maps[-1]
         if self.downsample:
             x = PatchMerging(self.dtype, name="downsample")(x)
         return x, maps, weights
