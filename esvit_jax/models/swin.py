@@ -16,6 +16,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from esvit_jax.models.attention import attention_logits, window_attention
 from esvit_jax.models.layers import LINEAR_INIT, DropPath, LayerNorm, Linear, Mlp, uniform_fan_in
 
 REMAT_POLICIES = {
@@ -75,13 +76,13 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b m n d"], mask: np.ndarray | None
-    ) -> tuple[Float[Array, "b m n d"], Float[Array, "b m heads n n"]]:
+        self, x: Float[Array, "b m n d"], mask: np.ndarray | None, attention: bool
+    ) -> tuple[Float[Array, "b m n d"], Float[Array, "b m heads n n"] | None]:
         """Attends within each of the m windows of n tokens; mask is f32[m, n, n] or None.
 
-        Returns the tokens and the attention weights (softmax over the last axis).
+        Returns the tokens and, if `attention`, the weights (softmax over the last axis).
         """
-        n, dim = x.shape[2:]
+        m, n, dim = x.shape[1:]
         heads, head_dim = self.num_heads, dim // self.num_heads
         qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(x)
         # Cut in three before the heads get their axis, or TPUs copy all of it once more.
@@ -89,26 +90,24 @@ class WindowAttention(nn.Module):
             rearrange(y, "b m n (heads d) -> b m heads n d", heads=heads)
             for y in jnp.split(qkv, 3, axis=-1)
         )
-        logits = jnp.einsum(
-            "bmhqd,bmhkd->bmhqk",
-            query * head_dim**-0.5,
-            key,
-            preferred_element_type=self.logits_dtype,
-        )
         table = self.param(
             "relative_position_bias_table",
             LINEAR_INIT,
             ((2 * self.window_size - 1) ** 2, heads),
         )
         bias = table[relative_position_index(self.window_size).reshape(-1)]
-        logits += rearrange(bias, "(q k) heads -> heads q k", q=n).astype(logits.dtype)
+        bias = rearrange(bias, "(q k) heads -> heads q k", q=n)
+        bias = jnp.broadcast_to(bias, (m, *bias.shape))
         if mask is not None:
-            logits += mask[:, None].astype(logits.dtype)
-        # The softmax is float32; only its input may be kept in fewer bits.
-        weights = nn.softmax(logits.astype(jnp.float32), axis=-1)
-        out = jnp.einsum("bmhqk,bmhkd->bmhqd", weights.astype(self.dtype), value)
+            bias += mask[:, None]
+        query *= head_dim**-0.5
+        out: Any = window_attention(query, key, value, bias, self.logits_dtype)
         out = rearrange(out, "b m heads n d -> b m n (heads d)")
-        return Linear(dim, dtype=self.dtype, name="proj")(out), weights
+        out = Linear(dim, dtype=self.dtype, name="proj")(out)
+        if not attention:
+            return out, None
+        logits = attention_logits(query, key, bias, self.logits_dtype)
+        return out, nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
 class SwinBlock(nn.Module):
@@ -144,7 +143,7 @@ class SwinBlock(nn.Module):
         mask = shift_mask(lines, columns, size, shift) if shift else None
         windows, weights = WindowAttention(
             self.num_heads, size, self.dtype, self.logits_dtype, name="attn"
-        )(windows, mask)
+        )(windows, mask, attention)
         y = rearrange(windows, "b (y x) (h w) d -> b (y h) (x w) d", y=lines // size, h=size)
         if shift:
             y = jnp.roll(y, (shift, shift), axis=(1, 2))
@@ -154,7 +153,7 @@ class SwinBlock(nn.Module):
         y = LayerNorm(dtype=self.dtype, name="norm2")(rows)
         y = Mlp(int(rows.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
         rows = rows + DropPath(self.drop_path_rate, name="drop_path2")(y, images, train)
-        return rows, weights if attention else None
+        return rows, weights
 
 
 class PatchMerging(nn.Module):

@@ -1,0 +1,99 @@
+"""Window attention against autodiff of the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esvit_jax.models.attention import window_attention
+
+SHAPE = (3, 4, 2, 9, 8)  # maps, windows, heads, tokens, features
+NAMES = ("query", "key", "value", "bias")
+
+
+def plain_attention(query, key, value, bias):
+    logits = jnp.einsum("bmhqd,bmhkd->bmhqk", query, key) + bias
+    return jnp.einsum("bmhqk,bmhkd->bmhqd", jax.nn.softmax(logits, axis=-1), value)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def arguments(scale=1.0, mask=False):
+    """Query, key, value and bias; with a mask no token of the second half sees the first."""
+    bias = normal(3, *SHAPE[1:4], SHAPE[3])
+    if mask:
+        half = np.arange(SHAPE[3]) < SHAPE[3] // 2
+        bias += np.where(half[:, None] == half, 0.0, -100.0)
+    return scale * normal(0, *SHAPE), scale * normal(1, *SHAPE), normal(2, *SHAPE), bias
+
+
+def out_and_gradients(function, given, d_out):
+    out, backward = jax.vjp(function, *given)
+    return out, backward(d_out.astype(out.dtype))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 3.0])  # weights that are nearly even, and nearly one-hot
+def test_equals_the_plain_formula(scale, mask):
+    given, d_out = arguments(scale, mask), normal(4, *SHAPE)
+
+    def ours(*given):
+        return window_attention(*given, jnp.float32)
+
+    out, gradients = out_and_gradients(ours, given, d_out)
+    expected, expected_gradients = out_and_gradients(plain_attention, given, d_out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for name, ours, theirs in zip(NAMES, gradients, expected_gradients, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == jnp.float32
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < 1e-5, (name, error)
+
+
+def test_logits_of_any_size():
+    """The largest logit is taken off before the exponential."""
+    query, key, value, bias = arguments(40.0)
+    out = window_attention(query, key, value, bias, jnp.float32)
+    np.testing.assert_allclose(out, plain_attention(query, key, value, bias), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_bfloat16(logits_dtype):
+    """Gradients as near to the exact ones as those of the plain formula in bfloat16."""
+    given, d_out = arguments(), normal(4, *SHAPE)
+    half = [x.astype(jnp.bfloat16) for x in given[:3]]
+    exact = [x.astype(jnp.float32) for x in half]
+
+    def plain(*given):
+        return plain_attention(*(x.astype(jnp.bfloat16) for x in given))
+
+    def ours(*given):
+        return window_attention(*given, jnp.dtype(logits_dtype))
+
+    out, gradients = out_and_gradients(ours, (*half, given[3]), d_out)
+    assert {x.dtype.name for x in (out, *gradients[:3])} == {"bfloat16"}
+    assert gradients[3].dtype == jnp.float32
+    expected = out_and_gradients(plain_attention, (*exact, given[3]), d_out)
+    baseline = out_and_gradients(plain, (*half, given[3]), d_out)
+
+    def errors(results):
+        pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+        return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
+
+    for name, our_error, their_error in zip(
+        ("out", *NAMES), errors((out, gradients)), errors(baseline), strict=True
+    ):
+        assert our_error < 1.2 * their_error, (name, our_error, their_error)
+
+
+def test_keeps_one_array_of_weights():
+    """Autodiff of the plain formula keeps more than one array of [.., tokens, tokens]."""
+    given = arguments()
+
+    def kept(function):
+        _, backward = jax.vjp(function, *given)
+        return sum(x.shape == (*SHAPE[:4], SHAPE[3]) for x in jax.tree.leaves(backward))
+
+    assert kept(lambda *given: window_attention(*given, jnp.float32)) == 1
+    assert kept(plain_attention) > 1
