@@ -1,6 +1,7 @@
 """Building blocks shared by the backbones."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+Size = Any  # of an axis: an int, or the symbol of an exported program
 
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
@@ -62,7 +65,7 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(
-        self, branch: Float[Array, "rows d"], images: int, train: bool
+        self, branch: Float[Array, "rows d"], images: Size, train: bool
     ) -> Float[Array, "rows d"]:
         """Each of the images has as many rows, one after the other."""
         if not train or self.rate == 0.0:

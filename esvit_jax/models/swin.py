@@ -17,7 +17,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from esvit_jax.models.attention import attention_logits, window_attention
-from esvit_jax.models.layers import LINEAR_INIT, DropPath, LayerNorm, Linear, Mlp, uniform_fan_in
+from esvit_jax.models.layers import (
+    LINEAR_INIT,
+    DropPath,
+    LayerNorm,
+    Linear,
+    Mlp,
+    Size,
+    uniform_fan_in,
+)
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -123,7 +131,11 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, rows: Float[Array, "bhw d"], shape: tuple[int, int, int], train: bool, attention: bool
+        self,
+        rows: Float[Array, "bhw d"],
+        shape: tuple[Size, Size, Size],
+        train: bool,
+        attention: bool,
     ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
         """`rows` are all tokens of the maps, whose `shape` is (b, h, w), in row-major order.
 
