@@ -92,10 +92,11 @@ class WindowAttention(nn.Module):
         """
         m, n, dim = x.shape[1:]
         heads, head_dim = self.num_heads, dim // self.num_heads
-        qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(x)
-        # Cut in three before the heads get their axis, or TPUs copy all of it once more.
+        # As rows, and cut in three before the heads get their axis, or TPUs copy all of it.
+        rows = rearrange(x, "b m n d -> (b m n) d")
+        qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(rows)
         query, key, value = (
-            rearrange(y, "b m n (heads d) -> b m heads n d", heads=heads)
+            rearrange(y, "(b m n) (heads d) -> b m heads n d", m=m, n=n, heads=heads)
             for y in jnp.split(qkv, 3, axis=-1)
         )
         table = self.param(
@@ -110,8 +111,8 @@ class WindowAttention(nn.Module):
             bias += mask[:, None]
         query *= head_dim**-0.5
         out: Any = window_attention(query, key, value, bias, self.logits_dtype)
-        out = rearrange(out, "b m heads n d -> b m n (heads d)")
-        out = Linear(dim, dtype=self.dtype, name="proj")(out)
+        out = rearrange(out, "b m heads n d -> (b m n) (heads d)")
+        out = Linear(dim, dtype=self.dtype, name="proj")(out).reshape(x.shape)
         if not attention:
             return out, None
         logits = attention_logits(query, key, bias, self.logits_dtype)
