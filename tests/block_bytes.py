@@ -1,8 +1,8 @@
-"""Bytes that one Swin block moves on a TPU, forward and backward: seconds instead of minutes.
+"""Bytes that one Swin block moves on a TPU, forward and backward.
 
 python tests/block_bytes.py [v5e:2x4] [float32|bfloat16]   # the dtype of the attention logits
 
-The whole step takes the TPU compiler many minutes; a change to a block shows here in one.
+The whole step takes the TPU compiler many minutes; what a change to a block does shows here in a few.
 """
 
 import functools
@@ -30,7 +30,6 @@ def main(topology: str = "v5e:2x4", attention_dtype: str = "float32") -> None:
     key = jax.random.key(0)
     for views, side, dim, heads, shift in BLOCKS:
         block = SwinBlock(heads, 7, shift, 4.0, 0.1, jnp.bfloat16, jnp.dtype(attention_dtype))
-
         shape = views, side, side
 
         def run(params, x, gradient, block=block, shape=shape):

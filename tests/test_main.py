@@ -9,10 +9,10 @@ import pytest
 from esvit_jax import __main__ as command_line
 
 
-def esvit(*arguments, **environment):
+def esvit(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "esvit_jax", *arguments],
-        env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | environment,
+        env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -1,10 +1,10 @@
 """Attention within windows, with its own backward pass.
 
-Attention of a Swin waits for memory: a window has 49 tokens and a head 32 features, so that its
-weights are more numbers than its queries, keys and values together, and a TPU pads them further.
-Autodiff keeps the float32 logits and computes the softmax from them for each product of the
-backward pass. Here the only thing of that size that is kept is exp(logits - max), in the dtype of
-the values; the rest follows from sum_k p_k dp_k = out . dout (Dao et al. 2022, FlashAttention).
+Attention of a Swin waits for memory: with 49 tokens a window and 32 features a head, one array of
+float32 logits is as large as queries, keys and values in bfloat16 together. Autodiff keeps the
+logits and computes the softmax from them for each product of the backward pass. Here the only
+thing of that size that is kept is exp(logits - max), in the dtype of the values; the rest follows
+from sum_k p_k dp_k = out . dout (Dao et al. 2022, FlashAttention).
 """
 
 import functools
@@ -54,18 +54,19 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, logits_dtype: DTypeLik
     exp = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(value.dtype)
     # Without the barriers the compiler would rather read the logits again for every use.
     exp = jax.lax.optimization_barrier(exp)
-    scale = 1.0 / jnp.sum(exp.astype(jnp.float32), axis=-1, keepdims=True)
+    inverse_sum = 1.0 / jnp.sum(exp.astype(jnp.float32), axis=-1, keepdims=True)
     out = jnp.einsum("bmhqk,bmhkd->bmhqd", exp, value, preferred_element_type=jnp.float32)
-    out = (out * scale).astype(value.dtype)
-    return out, (query, key, value, exp, scale, out)
+    out = (out * inverse_sum).astype(value.dtype)
+    return out, (query, key, value, exp, inverse_sum, out)
 
 
 def _backward(logits_dtype: DTypeLike, kept: Any, d_out: Any) -> Any:
-    query, key, value, exp, scale, out = kept
-    products = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_value = jnp.einsum("bmhqk,bmhqd->bmhkd", exp, (d_out * scale).astype(value.dtype))
+    query, key, value, exp, inverse_sum, out = kept
+    # The mean of d_weights under the weights.
+    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_value = jnp.einsum("bmhqk,bmhqd->bmhkd", exp, (d_out * inverse_sum).astype(value.dtype))
     d_weights = jnp.einsum("bmhqd,bmhkd->bmhqk", d_out, value, preferred_element_type=jnp.float32)
-    d_logits = exp.astype(jnp.float32) * ((d_weights - products) * scale)
+    d_logits = exp.astype(jnp.float32) * ((d_weights - mean) * inverse_sum)
     d_logits = jax.lax.optimization_barrier(d_logits.astype(value.dtype))
     d_query = jnp.einsum("bmhqk,bmhkd->bmhqd", d_logits, key)
     d_key = jnp.einsum("bmhqk,bmhqd->bmhkd", d_logits, query)

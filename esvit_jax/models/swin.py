@@ -134,14 +134,14 @@ class SwinBlock(nn.Module):
     def __call__(
         self,
         rows: Float[Array, "bhw d"],
-        shape: tuple[Size, Size, Size],
+        shape: tuple[Size, int, int],
         train: bool,
         attention: bool,
     ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
         """`rows` are all tokens of the maps, whose `shape` is (b, h, w), in row-major order.
 
         A TPU keeps rows without gaps; of maps it would pad each line to a multiple of 8 or 16
-        tokens, which moves a third more bytes (CHANGELOG, "Bytes").
+        tokens, and move that too (CHANGELOG, "Bytes").
         """
         images, height, width = shape
         size, shift = self.window_size, self.shift
