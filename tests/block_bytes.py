@@ -2,7 +2,8 @@
 
 python tests/block_bytes.py [v5e:2x4] [float32|bfloat16]   # the dtype of the attention logits
 
-The whole step takes the TPU compiler many minutes; what a change to a block does shows here in a few.
+The whole step takes the TPU compiler many minutes; what a change to a block does shows here in
+a few.
 """
 
 import functools
