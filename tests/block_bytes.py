@@ -13,8 +13,16 @@ import sys
 
 from esvit_jax import costs, hlo
 
-# Views, side of the map, features, heads, shift: stages 1 and 3 of Swin-T, global and local views.
-BLOCKS = [(64, 56, 96, 3, 3), (256, 24, 96, 3, 3), (64, 14, 384, 12, 3)]
+# Views, side of the map, features, heads, shift: Swin-T's stages 1 and 3 of global views, and all
+# four of local ones.
+BLOCKS = [
+    (64, 56, 96, 3, 3),
+    (64, 14, 384, 12, 3),
+    (256, 24, 96, 3, 3),
+    (256, 12, 192, 6, 3),
+    (256, 6, 384, 12, 3),
+    (256, 3, 768, 24, 0),
+]
 
 
 def main(topology: str = "v5e:2x4", attention_dtype: str = "float32") -> None:

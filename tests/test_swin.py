@@ -171,7 +171,8 @@ def test_shift_mask(height, width, window, shift):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "window", "shift"), [(5, 8, 3, 0), (5, 8, 3, 1), (2, 3, 3, 1), (4, 3, 4, 2)]
+    ("height", "width", "window", "shift"),
+    [(5, 8, 3, 0), (5, 8, 3, 1), (2, 3, 3, 1), (3, 3, 3, 1), (4, 3, 4, 2), (1, 2, 4, 0)],
 )
 def test_block_equals_loops(height, width, window, shift):
     x = normal(1, 2, height, width, 8)
@@ -186,7 +187,30 @@ def test_block_equals_loops(height, width, window, shift):
         expected, attention = reference_block(np.asarray(x[i]), params, 2, window, shift)
         np.testing.assert_allclose(out[i], expected, rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(weights[i], attention, rtol=2e-5, atol=2e-6)
-    assert block.apply({"params": params}, rows, shape, False, False)[1] is None
+    without, no_weights = run({"params": params}, rows, shape, False, False)
+    np.testing.assert_allclose(without.reshape(x.shape), out, rtol=1e-5, atol=1e-5)
+    assert no_weights is None
+
+
+@pytest.mark.parametrize(("height", "width", "shift"), [(2, 3, 1), (3, 3, 1), (1, 2, 0)])
+def test_one_window_has_the_gradients_of_padding(height, width, shift):
+    """Asked for weights, a block pads; else one key stands for all of the padding."""
+    rows, towards = normal(4, 2 * height * width, 8), normal(5, 2 * height * width, 8)
+    block = SwinBlock(2, 3, shift, mlp_ratio=2.0, drop_path_rate=0.0)
+    shape = 2, height, width
+    init = functools.partial(block.init, shape=shape, train=False, attention=True)
+    params = random_params(init, rows)
+
+    def gradients(attention):
+        def total(params, rows):
+            return jnp.sum(
+                block.apply({"params": params}, rows, shape, False, attention)[0] * towards
+            )
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(params, rows)
+
+    for ours, padded in zip(*map(jax.tree.leaves, map(gradients, (False, True))), strict=True):
+        np.testing.assert_allclose(ours, padded, rtol=1e-4, atol=1e-5 * np.abs(padded).max())
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 4), (4, 3), (3, 5), (1, 1)])

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 
 def attention_logits(
     query: Float[Array, "b m heads n d"],
-    key: Float[Array, "b m heads n d"],
-    bias: Float[Array, "m heads n n"],
+    key: Float[Array, "b m heads k d"],
+    bias: Float[Array, "m heads n k"],
     logits_dtype: DTypeLike,
-) -> Float[Array, "b m heads n n"]:
+) -> Float[Array, "b m heads n k"]:
     """query key' + bias, kept in `logits_dtype`."""
     logits = jnp.einsum("bmhqd,bmhkd->bmhqk", query, key, preferred_element_type=logits_dtype)
     return logits + bias.astype(logits_dtype)
@@ -30,9 +30,9 @@ def attention_logits(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def window_attention(
     query: Float[Array, "b m heads n d"],
-    key: Float[Array, "b m heads n d"],
-    value: Float[Array, "b m heads n d"],
-    bias: Float[Array, "m heads n n"],
+    key: Float[Array, "b m heads k d"],
+    value: Float[Array, "b m heads k d"],
+    bias: Float[Array, "m heads n k"],
     logits_dtype: DTypeLike,
 ) -> Float[Array, "b m heads n d"]:
     """softmax(query key' + bias) value, in each head of each of the m windows of b maps.
