@@ -22,7 +22,7 @@ class Prototypes(nn.Module):
         v = self.param("weight_v", uniform_fan_in(self.dim), (self.num_prototypes, self.dim))
         if self.fixed_norm:
             g = jax.lax.stop_gradient(g)
-        return g * v / jnp.linalg.norm(v, axis=-1, keepdims=True)
+        return v * (g / jnp.linalg.norm(v, axis=-1, keepdims=True))
 
 
 class ProjectionHead(nn.Module):

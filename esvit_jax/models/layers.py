@@ -1,6 +1,5 @@
 """Building blocks shared by the backbones."""
 
-import functools
 from typing import Any
 
 import jax
@@ -14,10 +13,6 @@ Size = Any  # of an axis: an int, or the symbol of an exported program
 
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
-# Published norms use eps 1e-6. The two-pass variance is the one PyTorch computes.
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
-
-
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linears."""
     bound = fan_in**-0.5
@@ -26,6 +21,25 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-6) * scale + bias over the last axis, computed in float32.
+
+    `nn.LayerNorm` multiplies the scale by 1 / sqrt(...) first; for the gradient of that product a
+    CPU keeps the scale once for every row.
+    """
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x -= jnp.mean(x, axis=-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        return (x * scale + bias).astype(self.dtype)
 
 
 class Linear(nn.Module):
