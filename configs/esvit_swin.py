@@ -3,7 +3,8 @@
 esvit train --config=configs/esvit_swin.py:variant=base,window=14 --workdir=gs://…
 """
 
-from esvit_jax.config import ConfigDict, UserError, default_config
+from esvit_jax.config import ConfigDict, default_config
+from esvit_jax.errors import UserError
 from esvit_jax.models import BACKBONES
 
 

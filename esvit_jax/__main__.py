@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 
 COMMANDS = {
     "train": ("esvit_jax.train", "train a backbone, or go on with an interrupted run"),

@@ -19,7 +19,8 @@ from etils import epath
 
 from esvit_jax import config as config_lib
 from esvit_jax import parallel
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
+from esvit_jax.errors import UserError
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.optim import TeacherState
 from esvit_jax.state import TrainState, init_params, zero_centers

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from esvit_jax.errors import UserError
+
 if TYPE_CHECKING:
     # The real one types a field as a union of all that fields can hold, of which a checker can
     # make nothing.
@@ -24,10 +26,6 @@ if TYPE_CHECKING:
         def __setattr__(self, name: str, value: Any) -> None: ...
 else:
     from ml_collections import ConfigDict
-
-
-class UserError(ValueError):
-    """Wrong input: one line that names the field or file, the value, and what would do."""
 
 
 def default_config() -> ConfigDict:

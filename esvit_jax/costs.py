@@ -18,7 +18,8 @@ import numpy as np
 
 from esvit_jax import hlo, parallel
 from esvit_jax.accelerators import CHIPS
-from esvit_jax.config import ConfigDict, UserError, resolve
+from esvit_jax.config import ConfigDict, resolve
+from esvit_jax.errors import UserError
 from esvit_jax.state import create_state, init_params
 from esvit_jax.steps import AXIS
 from esvit_jax.train import build

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from esvit_jax import costs
 from esvit_jax.accelerators import CHIPS, GIB
-from esvit_jax.config import ConfigDict, UserError, flatten, parse_config, unflatten
+from esvit_jax.config import ConfigDict, flatten, parse_config, unflatten
+from esvit_jax.errors import UserError
 
 IMAGENET_IMAGES = 1_281_167  # of the training split of ImageNet-1K
 BATCH_STEP = 8  # the search tries multiples of it: a TPU's registers have 8 rows

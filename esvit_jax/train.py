@@ -19,10 +19,11 @@ from rich.console import Console
 
 from esvit_jax import checkpoint, metrics, optim, parallel, steps
 from esvit_jax.analyze.summary import draw_figures, knn_summary
-from esvit_jax.config import ConfigDict, RunNumbers, UserError, differences, parse_config, resolve
+from esvit_jax.config import ConfigDict, RunNumbers, differences, parse_config, resolve
 from esvit_jax.data.augment import augment
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import open_source
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate.monitor import Evaluation, in_words
 from esvit_jax.interop.initialize import init_from
 from esvit_jax.models import EsViT, create_model

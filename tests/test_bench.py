@@ -13,7 +13,8 @@ from esvit_jax.bench import command, inputs
 from esvit_jax.bench.losses import bench_losses, plain_losses, random_outputs
 from esvit_jax.bench.step import step_parts, workload
 from esvit_jax.bench.timing import time_in_turns
-from esvit_jax.config import UserError, flatten
+from esvit_jax.config import flatten
+from esvit_jax.errors import UserError
 from esvit_jax.steps import pair_losses
 
 reads_a_file = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError, default_config
+from esvit_jax.config import default_config
+from esvit_jax.errors import UserError
 from esvit_jax.interop import convert as convert_module
 from esvit_jax.interop.convert import convert, main, resize_bias_table
 from esvit_jax.interop.infer import infer_backbone

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image, ImageOps
 
-from esvit_jax.config import UserError
 from esvit_jax.data import loader, sources
+from esvit_jax.errors import UserError
 
 MINI = "bundled/fashion_mnist_mini"
 

@@ -12,9 +12,9 @@ import pytest
 from test_convert import random_params
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate import embed as embed_module
 from esvit_jax.evaluate.embed import embed, main
 from esvit_jax.evaluate.features import FeatureExtractor

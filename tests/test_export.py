@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError, default_config
+from esvit_jax.config import default_config
+from esvit_jax.errors import UserError
 from esvit_jax.interop import huggingface, timm_names
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export, main

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from esvit_jax.analyze.figures import loss_figure, views_figure
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate import knn
 from esvit_jax.evaluate.knn import knn_accuracy, knn_table
 

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from test_convert import both_centers, published, random_params, small_config, write
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError, flatten
+from esvit_jax.config import flatten
 from esvit_jax.data.augment import center_view
+from esvit_jax.errors import UserError
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.load import load, preprocessor
 from esvit_jax.interop.torch_checkpoint import state_dict_from_params

@@ -13,7 +13,8 @@ import pytest
 from esvit_jax import costs, hlo
 from esvit_jax import plan as plan_module
 from esvit_jax.accelerators import CHIPS
-from esvit_jax.config import UserError, resolve
+from esvit_jax.config import resolve
+from esvit_jax.errors import UserError
 from esvit_jax.plan import largest_batch, main, plan, search
 from esvit_jax.state import create_state, init_params
 from esvit_jax.train import build

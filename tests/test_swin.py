@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.models import BACKBONES, Swin, create_backbone
 from esvit_jax.models.layers import DropPath
 from esvit_jax.models.swin import (

@@ -17,8 +17,9 @@ from conftest import QUICK_COMPILE
 from rich.console import Console
 
 from esvit_jax import checkpoint, parallel, steps, train
-from esvit_jax.config import UserError, resolve
+from esvit_jax.config import resolve
 from esvit_jax.data.augment import augment
+from esvit_jax.errors import UserError
 from esvit_jax.metrics import read_metrics
 from esvit_jax.state import create_state, init_params
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.metrics import read_metrics
 
 if TYPE_CHECKING:

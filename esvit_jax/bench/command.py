@@ -16,7 +16,8 @@ from rich.table import Table
 from esvit_jax.bench.inputs import bench_input
 from esvit_jax.bench.losses import bench_losses
 from esvit_jax.bench.step import bench_split, bench_step, workload
-from esvit_jax.config import UserError, parse_config
+from esvit_jax.config import parse_config
+from esvit_jax.errors import UserError
 from esvit_jax.plan import IMAGENET_IMAGES
 
 PARTS = ("step", "split", "losses", "input")

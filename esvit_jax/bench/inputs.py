@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from esvit_jax.bench.timing import time_in_turns
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import resized_crop, sample_parameters, to_levels
 from esvit_jax.data.loader import decode, train_batches
 from esvit_jax.data.sources import IMAGE_SUFFIXES, Record, Source
+from esvit_jax.errors import UserError
 
 PHOTO_SIZE = (500, 375)  # width and height, pixels: about the mean of ImageNet's
 JPEG_QUALITY = 90

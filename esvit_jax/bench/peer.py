@@ -16,7 +16,8 @@ from einops import rearrange
 
 from esvit_jax.bench.step import Workload, compile_step, step_parts
 from esvit_jax.bench.timing import time_in_turns
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
+from esvit_jax.errors import UserError
 
 try:
     import torch

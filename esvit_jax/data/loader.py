@@ -23,8 +23,8 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from esvit_jax.config import UserError
 from esvit_jax.data.sources import Record, Source, TFRecordSource
+from esvit_jax.errors import UserError
 
 # Images are decoded side by side, here and in worker processes (which import this module too);
 # threads of OpenCV's own would only fight for the same cores.

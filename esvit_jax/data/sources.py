@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core import read_only_builder
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 
 BUNDLED = Path(__file__).parent / "bundled"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

@@ -22,8 +22,8 @@ from absl import logging
 
 from esvit_jax import checkpoint
 from esvit_jax.checkpoint import LoadedModel
-from esvit_jax.config import UserError
 from esvit_jax.data.sources import Source, TFRecordSource, open_source
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from esvit_jax.checkpoint import load_model
-from esvit_jax.config import UserError
 from esvit_jax.data.sources import open_source
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, view_features
 
 

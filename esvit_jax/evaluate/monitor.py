@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
 from esvit_jax.data.sources import open_source
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
 from esvit_jax.evaluate.knn import knn_accuracy
 from esvit_jax.models import create_model

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from esvit_jax import checkpoint
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
+from esvit_jax.errors import UserError
 from esvit_jax.interop.infer import check_fit, in_words, infer_config
 from esvit_jax.interop.torch_checkpoint import (
     Found,

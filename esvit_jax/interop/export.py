@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.interop import huggingface, published, stablehlo, timm_names
 from esvit_jax.interop.exportable import (
     Exportable,

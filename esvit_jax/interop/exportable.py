@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import save
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.models import Swin
 from esvit_jax.models.swin import relative_position_index
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.interop.exportable import (
     LIBRARY_BOUND,
     OWN_BOUND,

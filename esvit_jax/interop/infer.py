@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from esvit_jax.config import ConfigDict, UserError, check, default_config
+from esvit_jax.config import ConfigDict, check, default_config
+from esvit_jax.errors import UserError
 from esvit_jax.interop.torch_checkpoint import BUFFERS, Found, Tensors, state_dict_from_params
 from esvit_jax.models import BACKBONES, EsViT, create_backbone
 from esvit_jax.state import init_params, zero_centers

@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from esvit_jax import checkpoint
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 
 
 def init_from(params: Mapping[str, Any], path: str, parts: str) -> tuple[dict[str, Any], str]:

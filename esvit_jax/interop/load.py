@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from esvit_jax import checkpoint
-from esvit_jax.config import ConfigDict, UserError
+from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import evaluation_images
 from esvit_jax.interop import huggingface
 from esvit_jax.interop.infer import check_fit

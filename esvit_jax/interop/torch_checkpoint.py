@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 
 HEADS = {"head": "view_head", "head_dense": "region_head"}
 BUFFERS = ("relative_position_index", "attn_mask")

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from esvit_jax.config import UserError
+from esvit_jax.errors import UserError
 from esvit_jax.models.esvit import EsViT, EsViTOutput
 from esvit_jax.models.swin import BackboneOutput, Swin
 

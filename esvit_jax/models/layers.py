@@ -13,6 +13,7 @@ Size = Any  # of an axis: an int, or the symbol of an exported program
 
 LINEAR_INIT = nn.initializers.normal(stddev=0.02)
 
+
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for convolutions and linears."""
     bound = fan_in**-0.5
