@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from esvit_jax.errors import UserError
-from esvit_jax.models import BACKBONES, Swin, create_backbone
+from esvit_jax.models import BACKBONES, Swin, create_backbone, layers
 from esvit_jax.models.layers import DropPath
 from esvit_jax.models.swin import (
     PatchMerging,
@@ -211,6 +211,19 @@ def test_one_window_has_the_gradients_of_padding(height, width, shift):
 
     for ours, padded in zip(*map(jax.tree.leaves, map(gradients, (False, True))), strict=True):
         np.testing.assert_allclose(ours, padded, rtol=1e-4, atol=1e-5 * np.abs(padded).max())
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_gelu_and_its_gradient(dtype, atol):
+    x = jnp.asarray([-30.0, -4.0, -1.0, -0.1, 0.0, 0.1, 0.75, 2.0, 6.0, 30.0], dtype)
+    values = np.asarray(x, np.float64)
+    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in values])
+    slope = cdf + values * np.exp(-(values**2) / 2) / math.sqrt(2 * math.pi)
+    out, back = jax.vjp(layers.gelu, x)
+    (gradient,) = back(jnp.full_like(x, 2.0))
+    np.testing.assert_allclose(np.asarray(out, np.float64), values * cdf, atol=atol)
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), 2 * slope, atol=atol)
+    assert out.dtype == gradient.dtype == x.dtype
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 4), (4, 3), (3, 5), (1, 1)])
