@@ -21,7 +21,7 @@ def restart_with_huge_pages() -> None:
     """Starts this process again with a malloc that asks for huge pages; glibc reads that once.
 
     XLA's CPU backend gets the memory of every step anew. In pages of 4 KiB, half a million of them
-    for Swin-T, a step takes a fifth longer, and up to a third in the quickstart. Who sets
+    for Swin-T, a step takes a fifth longer, and up to three tenths in the quickstart. Who sets
     GLIBC_TUNABLES, to nothing for instance, is left alone, and so is a process that runs more than
     this command (a notebook).
     """

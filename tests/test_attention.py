@@ -1,11 +1,11 @@
-"""Window attention against autodiff of the plain formula."""
+"""Window attention against autodiff of the plain formula, its geometry against loops."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esvit_jax.models.attention import window_attention
+from esvit_jax.models.attention import relative_position_index, shift_mask, window_attention
 
 SHAPE = (3, 4, 2, 9, 8)  # maps, windows, heads, tokens, features
 NAMES = ("query", "key", "value", "bias")
@@ -97,3 +97,35 @@ def test_keeps_one_array_of_weights():
 
     assert kept(lambda *given: window_attention(*given, jnp.float32)) == 1
     assert kept(plain_attention) > 1
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_relative_position_index(window):
+    index = relative_position_index(window)
+    tokens = [(y, x) for y in range(window) for x in range(window)]
+    for i, q in enumerate(tokens):
+        for j, k in enumerate(tokens):
+            dy, dx = q[0] - k[0], q[1] - k[1]
+            assert index[i, j] == (dy + window - 1) * (2 * window - 1) + (dx + window - 1)
+    assert index.min() == 0 and index.max() == (2 * window - 1) ** 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window", "shift"),
+    [(6, 6, 3, 1), (4, 8, 4, 2), (8, 4, 2, 1), (3, 3, 3, 1), (7, 14, 7, 3), (9, 6, 3, 2)],
+)
+def test_shift_mask(height, width, window, shift):
+    """Two tokens meet where they are as far apart in the map as they are in the window."""
+    mask = shift_mask(height, width, window, shift)
+    assert mask.dtype == np.float32
+    assert mask.shape == ((height // window) * (width // window), window**2, window**2)
+    for number in range(len(mask)):
+        top, left = (n * window for n in divmod(number, width // window))
+        places = [(top + y, left + x) for y in range(window) for x in range(window)]
+        origins = [((y + shift) % height, (x + shift) % width) for y, x in places]
+        for i, j in np.ndindex(window**2, window**2):
+            together = all(
+                origins[i][axis] - origins[j][axis] == places[i][axis] - places[j][axis]
+                for axis in (0, 1)
+            )
+            assert mask[number, i, j] == (0.0 if together else -100.0)

@@ -23,7 +23,7 @@ from esvit_jax.interop.infer import infer_backbone
 from esvit_jax.interop.initialize import init_from
 from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import BACKBONES, EsViT, create_backbone, create_model
-from esvit_jax.models.swin import relative_position_index, shift_mask
+from esvit_jax.models.attention import relative_position_index, shift_mask
 from esvit_jax.state import init_params
 
 GOLDEN = Path(__file__).parent / "data" / "swin_nano_w7.npz"

@@ -11,13 +11,11 @@ from flax import linen as nn
 from flax import traverse_util
 
 from esvit_jax.errors import UserError
-from esvit_jax.models import BACKBONES, Swin, create_backbone, layers
+from esvit_jax.models import BACKBONES, Swin, create_backbone
 from esvit_jax.models.layers import DropPath
 from esvit_jax.models.swin import (
     PatchMerging,
     SwinBlock,
-    relative_position_index,
-    shift_mask,
 )
 
 TINY = dict(
@@ -138,38 +136,6 @@ def reference_swin(image, p, backbone):
     return maps[-1], [m.mean(axis=(0, 1)) for m in maps], attention
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 7])
-def test_relative_position_index(window):
-    index = relative_position_index(window)
-    tokens = [(y, x) for y in range(window) for x in range(window)]
-    for i, q in enumerate(tokens):
-        for j, k in enumerate(tokens):
-            dy, dx = q[0] - k[0], q[1] - k[1]
-            assert index[i, j] == (dy + window - 1) * (2 * window - 1) + (dx + window - 1)
-    assert index.min() == 0 and index.max() == (2 * window - 1) ** 2 - 1
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "window", "shift"),
-    [(6, 6, 3, 1), (4, 8, 4, 2), (8, 4, 2, 1), (3, 3, 3, 1), (7, 14, 7, 3), (9, 6, 3, 2)],
-)
-def test_shift_mask(height, width, window, shift):
-    """Two tokens meet where they are as far apart in the map as they are in the window."""
-    mask = shift_mask(height, width, window, shift)
-    assert mask.dtype == np.float32
-    assert mask.shape == ((height // window) * (width // window), window**2, window**2)
-    for number in range(len(mask)):
-        top, left = (n * window for n in divmod(number, width // window))
-        places = [(top + y, left + x) for y in range(window) for x in range(window)]
-        origins = [((y + shift) % height, (x + shift) % width) for y, x in places]
-        for i, j in np.ndindex(window**2, window**2):
-            together = all(
-                origins[i][axis] - origins[j][axis] == places[i][axis] - places[j][axis]
-                for axis in (0, 1)
-            )
-            assert mask[number, i, j] == (0.0 if together else -100.0)
-
-
 @pytest.mark.parametrize(
     ("height", "width", "window", "shift"),
     [(5, 8, 3, 0), (5, 8, 3, 1), (2, 3, 3, 1), (3, 3, 3, 1), (4, 3, 4, 2), (1, 2, 4, 0)],
@@ -211,19 +177,6 @@ def test_one_window_has_the_gradients_of_padding(height, width, shift):
 
     for ours, padded in zip(*map(jax.tree.leaves, map(gradients, (False, True))), strict=True):
         np.testing.assert_allclose(ours, padded, rtol=1e-4, atol=1e-5 * np.abs(padded).max())
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_gelu_and_its_gradient(dtype, atol):
-    x = jnp.asarray([-30.0, -4.0, -1.0, -0.1, 0.0, 0.1, 0.75, 2.0, 6.0, 30.0], dtype)
-    values = np.asarray(x, np.float64)
-    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in values])
-    slope = cdf + values * np.exp(-(values**2) / 2) / math.sqrt(2 * math.pi)
-    out, back = jax.vjp(layers.gelu, x)
-    (gradient,) = back(jnp.full_like(x, 2.0))
-    np.testing.assert_allclose(np.asarray(out, np.float64), values * cdf, atol=atol)
-    np.testing.assert_allclose(np.asarray(gradient, np.float64), 2 * slope, atol=atol)
-    assert out.dtype == gradient.dtype == x.dtype
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 4), (4, 3), (3, 5), (1, 1)])
@@ -331,25 +284,6 @@ def test_initial_distributions():
             assert share == pytest.approx(0.683, abs=0.04), name
         else:
             assert np.all(values == (1.0 if name.endswith("scale") else 0.0)), name
-
-
-def drop(rate, x, images):
-    return DropPath(rate).apply({}, x, images, True, rngs={"drop_path": jax.random.key(3)})
-
-
-def test_drop_path_is_nothing_at_rate_0_and_when_not_training():
-    x = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, 2, True), x)
-    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, 2, False), x)
-
-
-def test_drop_path_keeps_whole_images_and_the_mean():
-    x = jnp.ones((4096 * 6, 2))
-    out = np.asarray(drop(0.25, x, 4096)).reshape(4096, -1)
-    kept = out[:, 0] > 0
-    np.testing.assert_array_equal(out, np.broadcast_to(kept[:, None] / np.float32(0.75), out.shape))
-    assert kept.mean() == pytest.approx(0.75, abs=4 * math.sqrt(0.75 * 0.25 / 4096))
-    assert drop(0.25, x.astype(jnp.bfloat16), 4096).dtype == jnp.bfloat16
 
 
 def test_drop_path_rates_grow_in_a_line():

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
 from esvit_jax.models import Swin
-from esvit_jax.models.swin import relative_position_index
+from esvit_jax.models.attention import relative_position_index
 
 OWN_BOUND = 1e-6  # relative error of features where our own network reads the files
 LIBRARY_BOUND = 1e-4  # and where another implementation does

@@ -12,8 +12,103 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from esvit_jax.models.layers import LINEAR_INIT, Linear, Size
+
+
+def relative_position_index(window_size: int) -> np.ndarray:
+    """Row of the bias table for each (query, key) of a window: int[n, n], d = query - key."""
+    y, x = np.divmod(np.arange(window_size**2), window_size)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    return (dy + window_size - 1) * (2 * window_size - 1) + (dx + window_size - 1)
+
+
+def shift_mask(height: int, width: int, window_size: int, shift: int) -> np.ndarray:
+    """Which pairs of tokens of the shifted map stay apart: f32[windows, n, n], 0 or -100.
+
+    Rolling the (padded) map by `shift` brings tokens of opposite borders into one window; three
+    bands an axis tell them apart.
+    """
+
+    def bands(length: int) -> np.ndarray:
+        position = np.arange(length)
+        return (position >= length - window_size).astype(int) + (position >= length - shift)
+
+    band = bands(height)[:, None] * 3 + bands(width)[None, :]
+    band = rearrange(band, "(y h) (x w) -> (y x) (h w)", h=window_size, w=window_size)
+    return np.where(band[:, :, None] == band[:, None, :], 0.0, -100.0).astype(np.float32)
+
+
+def partition(
+    rows: Float[Array, "bhw d"], shape: tuple[Size, int, int], window_size: int, shift: int
+) -> Float[Array, "bmn d"]:
+    """Tokens of maps (b, h, w), window by window of the map padded with 0 and rolled by -shift."""
+    _, height, width = shape
+    padding = ((0, 0), (0, -height % window_size), (0, -width % window_size), (0, 0))
+    maps = jnp.pad(rows.reshape(*shape, -1), padding)
+    maps = jnp.roll(maps, (-shift, -shift), axis=(1, 2))
+    return rearrange(maps, "b (y h) (x w) d -> (b y x h w) d", h=window_size, w=window_size)
+
+
+def merge(
+    windows: Float[Array, "b m heads n d"],
+    shape: tuple[Size, int, int],
+    window_size: int,
+    shift: int,
+) -> Float[Array, "bhw heads_d"]:
+    """Undoes `partition`, and puts heads side by side; what came of padding is dropped."""
+    _, height, width = shape
+    maps = rearrange(
+        windows,
+        "b (y x) heads (h w) d -> b (y h) (x w) (heads d)",
+        x=-(-width // window_size),
+        h=window_size,
+    )
+    maps = jnp.roll(maps, (shift, shift), axis=(1, 2))[:, :height, :width]
+    return rearrange(maps, "b h w d -> (b h w) d")
+
+
+def places(height: int, width: int, window_size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the tokens of a map that fits one window lie in it, row-major, and its padding."""
+    place = np.arange(window_size**2).reshape(window_size, window_size)
+    place = np.roll(place, (shift, shift), axis=(0, 1))
+    inside = np.zeros(place.shape, bool)
+    inside[:height, :width] = True
+    return place[inside], place[~inside]
+
+
+def split_heads(
+    qkv: Float[Array, "bmn d3"], m: int, n: int, heads: int
+) -> list[Float[Array, "b m heads n d"]]:
+    """Query, key and value; in three before heads get their axis, or TPUs copy all of it."""
+    arrange = "(b m n) (heads d) -> b m heads n d"
+    return [rearrange(x, arrange, m=m, n=n, heads=heads) for x in jnp.split(qkv, 3, axis=-1)]
+
+
+def add_padding(
+    key: Float[Array, "b 1 heads n d"],
+    value: Float[Array, "b 1 heads n d"],
+    bias: Float[Array, "1 heads n n"],
+    padded: list[Float[Array, "1 1 heads 1 d"]],
+    padding_bias: Float[Array, "1 heads n p"],
+) -> tuple[
+    Float[Array, "b 1 heads k d"], Float[Array, "b 1 heads k d"], Float[Array, "1 heads n k"]
+]:
+    """Adds one key that counts as much as p padded tokens, whose key and value are `padded`.
+
+    They are the same for all: sum_j exp(q k + bias_j) = exp(q k + log sum_j exp(bias_j)).
+    """
+    key, value = (
+        jnp.concatenate([x, jnp.broadcast_to(y, (len(x), *y.shape[1:]))], axis=-2)
+        for x, y in zip((key, value), padded, strict=True)
+    )
+    total = nn.logsumexp(padding_bias, axis=-1, keepdims=True)
+    return key, value, jnp.concatenate([bias, total], axis=-1)
 
 
 def attention_logits(
@@ -74,3 +169,63 @@ def _backward(logits_dtype: DTypeLike, kept: Any, d_out: Any) -> Any:
 
 
 window_attention.defvjp(_forward, _backward)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a relative-position bias."""
+
+    num_heads: int
+    window_size: int
+    shift: int
+    dtype: DTypeLike = jnp.float32
+    logits_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, rows: Float[Array, "bhw d"], shape: tuple[Size, int, int], attention: bool
+    ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
+        """Attends within each window of the maps of shape (b, h, w), padded and shifted.
+
+        Padding is not masked: a padded token takes part, with the query, key and value of zeros.
+
+        Returns the tokens and, if `attention`, the weights (softmax over the last axis).
+        """
+        _, height, width = shape
+        size, shift, heads, dim = self.window_size, self.shift, self.num_heads, rows.shape[-1]
+        lines, columns = height + -height % size, width + -width % size
+        m = lines * columns // size**2
+        table = self.param(
+            "relative_position_bias_table", LINEAR_INIT, ((2 * size - 1) ** 2, heads)
+        )
+        bias = jnp.take(table, relative_position_index(size).reshape(-1), axis=0)
+        bias = jnp.broadcast_to(
+            rearrange(bias, "(q k) heads -> heads q k", q=size**2), (m, heads, size**2, size**2)
+        )
+        if shift:
+            bias += shift_mask(lines, columns, size, shift)[:, None]
+        project = Linear(3 * dim, dtype=self.dtype, name="qkv")
+
+        # A map within one window stays as it is, and its padding becomes one key.
+        one_window = m == 1 and not attention
+        if one_window:
+            tokens, padding = places(height, width, size, shift)
+            query, key, value = split_heads(project(rows), 1, len(tokens), heads)
+            bias = bias[..., tokens, :]
+            bias, padding_bias = bias[..., tokens], bias[..., padding]
+            if len(padding):
+                _, *padded = split_heads(project(jnp.zeros_like(rows[:1])), 1, 1, heads)
+                key, value, bias = add_padding(key, value, bias, padded, padding_bias)
+        else:
+            windows = partition(rows, shape, size, shift)
+            query, key, value = split_heads(project(windows), m, size**2, heads)
+        query *= (dim // heads) ** -0.5
+        out: Any = window_attention(query, key, value, bias, self.logits_dtype)
+        if one_window:
+            out = rearrange(out, "b m heads n d -> (b m n) (heads d)")
+        else:
+            out = merge(out, shape, size, shift)
+        out = Linear(dim, dtype=self.dtype, name="proj")(out)
+        if not attention:
+            return out, None
+        logits = attention_logits(query, key, bias, self.logits_dtype)
+        return out, nn.softmax(logits.astype(jnp.float32), axis=-1)
