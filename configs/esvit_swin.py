@@ -5,7 +5,7 @@ esvit train --config=configs/esvit_swin.py:variant=base,window=14 --workdir=gs:/
 
 from esvit_jax.config import ConfigDict, default_config
 from esvit_jax.errors import UserError
-from esvit_jax.models import BACKBONES
+from esvit_jax.models import PRESETS
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -16,7 +16,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         if name not in given:
             raise UserError(f"--config=…:{item}: known are {', '.join(given)}")
         given[name] = value
-    if f"swin_{given['variant']}" not in BACKBONES:
+    if f"swin_{given['variant']}" not in PRESETS:
         raise UserError(f"variant={given['variant']}: choose tiny, small, base or large")
     if given["window"] not in ("7", "14") or given["region"] not in ("true", "false"):
         raise UserError(f"--config=…:{arguments}: window is 7 or 14, region is true or false")

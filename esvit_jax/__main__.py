@@ -7,13 +7,13 @@ import sys
 from esvit_jax.errors import UserError
 
 COMMANDS = {
-    "train": ("esvit_jax.train", "train a backbone, or go on with an interrupted run"),
-    "knn": ("esvit_jax.evaluate.knn", "classify by nearest neighbours in feature space"),
-    "embed": ("esvit_jax.evaluate.embed", "write the features of every image to a file"),
-    "convert": ("esvit_jax.interop.convert", "turn a published checkpoint into one of ours"),
-    "export": ("esvit_jax.interop.export", "write a backbone for other libraries"),
-    "bench": ("esvit_jax.bench.command", "time the training step on this machine"),
-    "plan": ("esvit_jax.plan", "say what a run needs on a TPU that is not here"),
+    "train": ("esvit_jax.commands.train", "train a backbone, or go on with an interrupted run"),
+    "knn": ("esvit_jax.commands.knn", "classify by nearest neighbours in feature space"),
+    "embed": ("esvit_jax.commands.embed", "write the features of every image to a file"),
+    "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
+    "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),
+    "bench": ("esvit_jax.commands.bench", "time the training step on this machine"),
+    "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
 }
 
 

@@ -1,5 +1,54 @@
-"""The one exception that a user's mistake raises; the command line prints its line and stops."""
+"""What goes wrong in words: a user's mistakes, and what became of a run; and exit statuses.
+
+A library function names its own argument in an error. Whoever took that argument from a config or
+a command line catches the error with `renamed` and gives it the name that the user knows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Exit statuses of the command line; 0 is success, and 1 is left to Python's own tracebacks.
+USER_ERROR = 2
+RUN_ERROR = 3
 
 
 class UserError(ValueError):
-    """Wrong input: one line that names the field or file, the value, and what would do."""
+    """Wrong input: one line that names the argument, field or file, the value, and what would do.
+
+    Args:
+      message: what is wrong and what would do; without an argument it is the whole line.
+      argument: name of the argument, field or flag.
+      value: what it was given.
+    """
+
+    def __init__(self, message: str, *, argument: str = "", value: Any = None):
+        self.message, self.argument, self.value = message, argument, value
+        line = message
+        if argument.startswith("--"):
+            line = f"{argument}={value}: {message}"
+        elif argument:
+            line = f"{argument} = {value!r}: {message}"
+        super().__init__(line)
+
+
+class RunError(RuntimeError):
+    """What happened to a run that was asked for correctly: it diverged, an export disagrees."""
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Gives arguments in a UserError the names by which the user set them.
+
+    >>> with renamed(name="config.data.name"):
+    ...     raise UserError("there is no such folder", argument="name", value="folder:x")
+    Traceback (most recent call last):
+    ...
+    esvit_jax.errors.UserError: config.data.name = 'folder:x': there is no such folder
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument not in names:
+            raise
+        raise UserError(error.message, argument=names[error.argument], value=error.value) from error

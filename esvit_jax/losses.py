@@ -8,14 +8,111 @@ log-normalisers, so that the cross-entropy of a pair of rows is
     log_normalizer - student . expected / student_temp        (see `prototypes`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from esvit_jax.models.esvit import EsViTOutput, HeadOutput
+from esvit_jax.prototypes import expected_prototypes, log_normalizer
+
 HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def esvit_loss(
+    *,
+    student: EsViTOutput,
+    teacher: EsViTOutput,
+    centers: Mapping[str, Float[Array, " k"]],
+    student_temp: float,
+    teacher_temp: Array | float,
+    prototype_chunk: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """EsViT's loss of a student's views against a teacher's global views (paper, sec. 3).
+
+        L = 1/2 mean_(s,t) H(q_t, p_s) + 1/2 mean_(s,t) mean_i H(q_(t, m(i)), p_(s, i))
+
+    over the pairs of a teacher view t and a different student view s, with p = softmax(logits /
+    student_temp), q = softmax((logits - center) / teacher_temp), H(q, p) = -sum_k q_k log p_k, and
+    m(i) the teacher region whose backbone features are most similar to those of student region i.
+    In plain Python, with all logits [view, image, (region,) k] at hand (the view loss; the region
+    loss takes q[t] at the matches):
+
+        pairs = [(s, t) for t in range(2) for s in range(V) if s != t]
+        loss = mean(-(q[t] * log(p[s])).sum(-1).mean() for s, t in pairs)
+
+    Here no logits of all K prototypes are ever held; `prototypes` says how.
+
+    Args:
+      student: of all views, the stack of global views first; differentiable.
+      teacher: of the global views; a constant.
+      centers: {"view": f32[k]}, and "region" if regions are to be matched too.
+      student_temp, teacher_temp: of the two softmaxes.
+      prototype_chunk: prototypes held at a time; 0 means all.
+      dtype: of the factors of products with prototypes; everything else is float32.
+
+    Returns:
+      The scalar loss, and scalars to watch: `view_loss`, `region_loss`, `teacher_student_kl` (nats)
+      and, of the view head, `teacher_entropy` and `student_entropy` (a share of ln K, 0 to 1).
+    """
+
+    def both_sides(head: str) -> tuple[HeadOutput, Array, list[Array], Array, Array]:
+        """The student's head, expected prototypes, log-normalisers, and mean entropies of both."""
+        ours, theirs = student.heads[head], teacher.heads[head].vectors[0]
+        expected, teacher_entropy = expected_prototypes(
+            rearrange(theirs, "... d -> (...) d"),
+            teacher.heads[head].prototypes,
+            ours.prototypes,
+            centers[head],
+            teacher_temp,
+            prototype_chunk,
+            dtype,
+        )
+        # All stacks in one pass over the prototypes.
+        rows = [rearrange(x, "... d -> (...) d") for x in ours.vectors]
+        normalizers, student_entropy = log_normalizer(
+            jnp.concatenate(rows), ours.prototypes, student_temp, prototype_chunk, dtype
+        )
+        parts = jnp.split(normalizers, np.cumsum([len(r) for r in rows])[:-1])
+        parts = [n.reshape(x.shape[:-1]) for n, x in zip(parts, ours.vectors, strict=True)]
+        return (
+            ours, expected.reshape(theirs.shape), parts,
+            teacher_entropy.mean(), student_entropy.mean(),
+        )  # fmt: skip
+
+    head, expected, normalizers, teacher_entropy, student_entropy = both_sides("view")
+    view = view_loss(
+        student=jnp.concatenate(head.vectors),
+        log_normalizer=jnp.concatenate(normalizers),
+        expected=expected,
+        student_temp=student_temp,
+    )
+    log_k = math.log(len(head.prototypes))
+    scalars = {
+        "view_loss": view,
+        "teacher_entropy": teacher_entropy / log_k,
+        "student_entropy": student_entropy / log_k,
+        "teacher_student_kl": view - teacher_entropy,
+    }
+    if "region" not in centers:
+        return view, scalars
+
+    head, expected, normalizers, _, _ = both_sides("region")
+    region = region_loss(
+        student=head.vectors,
+        log_normalizer=normalizers,
+        student_features=student.region_features,
+        expected=expected,
+        teacher_features=teacher.region_features[0],
+        student_temp=student_temp,
+    )
+    return 0.5 * view + 0.5 * region, scalars | {"region_loss": region}
 
 
 def match_regions(

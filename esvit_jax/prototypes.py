@@ -12,8 +12,6 @@ keys and values. Both run over chunks of prototypes and compute their logits aga
 backward pass; no array is larger than [rows, chunk] or [k, d].
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -75,7 +73,6 @@ def _matmul(subscripts, a, b, dtype):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def log_normalizer(
     rows: Float[Array, "rows d"],
     prototypes: Float[Array, "k d"],
@@ -95,6 +92,10 @@ def log_normalizer(
     Returns:
       The log-normalisers, and the entropies in nats (to watch; they have no gradient).
     """
+    return _log_normalizer(rows, prototypes, temp, chunk, dtype)
+
+
+def _log_normalizer_value(rows, prototypes, temp, chunk, dtype) -> tuple[Array, Array]:
     return _log_normalizer_forward(rows, prototypes, temp, chunk, dtype)[0]
 
 
@@ -124,10 +125,10 @@ def _log_normalizer_backward(temp, chunk, dtype, residuals, gradients):
     return rows_gradient, _unchunk(chunk_gradients, prototypes.shape[0])
 
 
-log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
+_log_normalizer = jax.custom_vjp(_log_normalizer_value, nondiff_argnums=(2, 3, 4))
+_log_normalizer.defvjp(_log_normalizer_forward, _log_normalizer_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def expected_prototypes(
     rows: Float[Array, "rows d"],
     teacher_prototypes: Float[Array, "k d"],
@@ -152,9 +153,11 @@ def expected_prototypes(
     Returns:
       f32[rows, d] e, and the entropies of q in nats (to watch; they have no gradient).
     """
-    return _expected_forward(
-        rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype
-    )[0]
+    return _expected(rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype)
+
+
+def _expected_value(*arguments) -> tuple[Array, Array]:
+    return _expected_forward(*arguments)[0]
 
 
 def _teacher_chunks(teacher_prototypes, center, temp, chunk):
@@ -206,7 +209,8 @@ def _expected_backward(chunk, dtype, residuals, gradients):
     )
 
 
-expected_prototypes.defvjp(_expected_forward, _expected_backward)
+_expected = jax.custom_vjp(_expected_value, nondiff_argnums=(5, 6))
+_expected.defvjp(_expected_forward, _expected_backward)
 
 
 def mean_logits(

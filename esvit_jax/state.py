@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from esvit_jax.models import EsViT
+from esvit_jax.models.esvit import EsViT
 from esvit_jax.optim import teacher_params
 
 

@@ -4,100 +4,45 @@
 `functools.partial`.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from esvit_jax import losses, prototypes
-from esvit_jax.models import EsViT, EsViTOutput
+from esvit_jax.models.esvit import EsViT
 from esvit_jax.optim import Schedule
 from esvit_jax.state import TrainState
 
 AXIS = "data"
 
 
-def pair_losses(
-    *,
-    student: EsViTOutput,
-    teacher: EsViTOutput,
-    centers: dict[str, Array],
-    student_temp: float,
-    teacher_temp: Array | float,
-    chunk: int,
-    dtype: DTypeLike,
-) -> tuple[Array, dict[str, Array]]:
-    """Loss of a student's views against a teacher's global views: both halves, or the view's.
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step is told beside its networks and schedules.
 
-    Returns:
-      The scalar loss, differentiable in `student`, and scalars to watch (entropies as a share of
-      ln K, from 0 to 1; the Kullback-Leibler divergence in nats).
+    Attributes:
+      student_temp: of the student's softmax.
+      center_momentum: see `losses.update_center`.
+      seed: of views and drop path; an image's views depend on seed, step and its place in the
+        global batch only, so that they are the same on any number of devices.
+      accum_steps: parts a device's share is run through in, one after the other.
+      prototype_chunk: prototypes held at a time; 0 means all.
+      dtype: of the factors of products with prototypes.
     """
 
-    def teacher_side(vectors, head):
-        result: Any = prototypes.expected_prototypes(
-            rearrange(vectors, "... d -> (...) d"),
-            getattr(teacher, f"{head}_prototypes"),
-            getattr(student, f"{head}_prototypes"),
-            centers[head],
-            teacher_temp,
-            chunk,
-            dtype,
-        )
-        expected, entropy = result
-        return expected.reshape(vectors.shape), entropy.mean()
-
-    def student_side(stacks, head):
-        """Log-normalisers of all stacks, in one pass over the prototypes."""
-        rows = [rearrange(x, "... d -> (...) d") for x in stacks]
-        result: Any = prototypes.log_normalizer(
-            jnp.concatenate(rows),
-            getattr(student, f"{head}_prototypes"),
-            student_temp,
-            chunk,
-            dtype,
-        )
-        normalizer, entropy = result
-        ends = np.cumsum([len(r) for r in rows])[:-1]
-        parts = jnp.split(normalizer, ends)
-        return [n.reshape(x.shape[:-1]) for n, x in zip(parts, stacks, strict=True)], entropy.mean()
-
-    log_k = math.log(student.view_prototypes.shape[0])
-    expected, teacher_entropy = teacher_side(teacher.view[0], "view")
-    normalizers, student_entropy = student_side(student.view, "view")
-    view = losses.view_loss(
-        student=jnp.concatenate(student.view),
-        log_normalizer=jnp.concatenate(normalizers),
-        expected=expected,
-        student_temp=student_temp,
-    )
-    scalars = {
-        "view_loss": view,
-        "teacher_entropy": teacher_entropy / log_k,
-        "student_entropy": student_entropy / log_k,
-        "teacher_student_kl": view - teacher_entropy,
-    }
-    if "region" not in centers:
-        return view, scalars
-
-    expected, _ = teacher_side(teacher.region[0], "region")
-    normalizers, _ = student_side(student.region, "region")
-    region = losses.region_loss(
-        student=student.region,
-        log_normalizer=normalizers,
-        student_features=student.features,
-        expected=expected,
-        teacher_features=teacher.features[0],
-        student_temp=student_temp,
-    )
-    return 0.5 * view + 0.5 * region, scalars | {"region_loss": region}
+    student_temp: float
+    center_momentum: float
+    seed: int
+    accum_steps: int = 1
+    prototype_chunk: int = 0
+    dtype: DTypeLike = jnp.float32
 
 
 def loss_and_gradients(
@@ -108,7 +53,8 @@ def loss_and_gradients(
     drop_key: Array,
     *,
     model: EsViT,
-    **loss_fields: Any,
+    teacher_temp: Array | float,
+    options: StepOptions,
 ) -> tuple[Any, dict[str, Array], dict[str, Array], Array]:
     """Teacher, student, loss and gradients on one part of the batch.
 
@@ -118,33 +64,36 @@ def loss_and_gradients(
       views: {"global": f32[2, b, g, g, 3], "local": f32[v, b, l, l, 3]}, v may be 0.
       drop_key: of the student's drop path.
       model: the network of both.
-      **loss_fields: see `pair_losses`.
+      teacher_temp: of the teacher's softmax.
+      options: of the step.
 
     Returns:
       Gradients, scalars, the teacher's mean logits {head: f32[k]}, and its view features f32[b, d].
     """
-    apply: Callable[..., Any] = model.apply
-    teacher = apply({"params": teacher_params}, [views["global"]])
+    teacher = model.forward(teacher_params, [views["global"]])
 
     def loss_of(params):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        student = apply({"params": params}, stacks, True, rngs={"drop_path": drop_key})
-        loss, scalars = pair_losses(
-            student=student, teacher=teacher, centers=centers, **loss_fields
+        student = model.forward(params, stacks, drop_key=drop_key)
+        loss, scalars = losses.esvit_loss(
+            student=student,
+            teacher=teacher,
+            centers=centers,
+            student_temp=options.student_temp,
+            teacher_temp=teacher_temp,
+            prototype_chunk=options.prototype_chunk,
+            dtype=options.dtype,
         )
         return loss, {"loss": loss} | scalars
 
     gradients, scalars = jax.grad(loss_of, has_aux=True)(params)
-    heads = {"view": teacher.view[0]}
-    if "region" in centers:
-        heads["region"] = teacher.region[0]
     mean_logits = {
-        head: prototypes.mean_logits(
-            rearrange(vectors, "... d -> (...) d"), getattr(teacher, f"{head}_prototypes")
+        name: prototypes.mean_logits(
+            rearrange(head.vectors[0], "... d -> (...) d"), head.prototypes
         )
-        for head, vectors in heads.items()
+        for name, head in teacher.heads.items()
     }
-    return gradients, scalars, mean_logits, teacher.pooled[0][0]
+    return gradients, scalars, mean_logits, teacher.view_features[0][0]
 
 
 def train_step(
@@ -155,10 +104,7 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     make_views: Callable[[Array, dict[str, Array]], dict[str, Array]],
     teacher_temp: Schedule,
-    center_momentum: float,
-    seed: int,
-    accum_steps: int = 1,
-    **loss_fields: Any,
+    options: StepOptions,
 ) -> tuple[TrainState, dict[str, Array], Array]:
     """One step of EsViT on this device's share of the batch (paper, algorithm 1).
 
@@ -168,11 +114,7 @@ def train_step(
       model, optimizer: see `EsViT`, `optim.build_optimizer`.
       make_views: (keys [b], batch) -> {"global": [2, b, ...], "local": [v, b, ...]}.
       teacher_temp: function of the step.
-      center_momentum: see `losses.update_center`.
-      seed: of views and drop path; an image's views depend on seed, step and its place in the
-        global batch only, so that they are the same on any number of devices.
-      accum_steps: parts the share is run through in, one after the other.
-      **loss_fields: see `pair_losses`.
+      options: see `StepOptions`.
 
     Returns:
       The new state, scalars (mean over all devices), and view features of the teacher of the
@@ -180,12 +122,13 @@ def train_step(
       the two counters.
     """
     device = jax.lax.axis_index(AXIS)
-    view_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+    view_key, drop_key = jax.random.split(key)
     images = len(jax.tree.leaves(batch)[0])
     image_keys = jax.vmap(lambda i: jax.random.fold_in(view_key, i))(
         device * images + jnp.arange(images)
     )
-    drop_keys = jax.random.split(jax.random.fold_in(drop_key, device), accum_steps)
+    drop_keys = jax.random.split(jax.random.fold_in(drop_key, device), options.accum_steps)
 
     # 1. Views, teacher, student, gradients: in parts, so that one part is in memory at a time.
     def run(part):
@@ -198,11 +141,11 @@ def train_step(
             key,
             model=model,
             teacher_temp=teacher_temp(state.step),
-            **loss_fields,
+            options=options,
         )
 
     parts = jax.tree.map(
-        lambda x: rearrange(x, "(a b) ... -> a b ...", a=accum_steps), (image_keys, batch)
+        lambda x: rearrange(x, "(a b) ... -> a b ...", a=options.accum_steps), (image_keys, batch)
     )
     gradients, scalars, mean_logits, features = mean_over_parts(run, (*parts, drop_keys))
 
@@ -218,7 +161,7 @@ def train_step(
     # 4. Centers, for the next step's loss.
     centers = {
         head: losses.update_center(
-            center=state.centers[head], mean_logits=mean, momentum=center_momentum
+            center=state.centers[head], mean_logits=mean, momentum=options.center_momentum
         )
         for head, mean in mean_logits.items()
     }

@@ -18,7 +18,7 @@ import optax
 from einops import rearrange
 
 from esvit_jax import optim, parallel, steps
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import EsViT, Swin
 from esvit_jax.state import TrainState, create_state
 
@@ -116,7 +116,7 @@ class Replay:
       path: of the file.
       parallel_mode, devices: layout of the step.
       copies: times the batch is repeated, which leaves all means as they are.
-      chunk, dtype, accum_steps: of the step.
+      prototype_chunk, dtype, accum_steps: of the step.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Replay:
         path: str,
         *,
         parallel_mode: str = "pmap",
-        chunk: int = 0,
+        prototype_chunk: int = 0,
         devices: int = 1,
         copies: int = 1,
         dtype: str = "float32",
@@ -134,7 +134,8 @@ class Replay:
         self.config = json.loads(str(self.golden["config"]))
         self.dtype = jnp.dtype(dtype)
         self.model = build_model(self.config, dtype=self.dtype)
-        self.chunk, self.accum_steps, self.copies = chunk, accum_steps, copies
+        self.prototype_chunk, self.accum_steps = prototype_chunk, accum_steps
+        self.copies = copies
         self.count = len(self.golden["traj/loss"]) if "traj/loss" in self.golden.files else 0
         self.optimizer, self.step = self.build(parallel_mode, jax.devices()[:devices])
 
@@ -167,12 +168,14 @@ class Replay:
             optimizer=optimizer,
             make_views=given_views,
             teacher_temp=table([*temps, temp]),
-            center_momentum=0.9,
-            seed=0,
-            student_temp=0.1,
-            chunk=self.chunk,
-            dtype=self.dtype,
-            accum_steps=self.accum_steps,
+            options=steps.StepOptions(
+                student_temp=0.1,
+                center_momentum=0.9,
+                seed=0,
+                accum_steps=self.accum_steps,
+                prototype_chunk=self.prototype_chunk,
+                dtype=self.dtype,
+            ),
         )
         lifted = parallel.lift(step, mode, devices=devices)
 
@@ -211,15 +214,18 @@ class Replay:
                     [rearrange(np.asarray(x), "... d -> (...) d") for x in stacks]
                 )
 
+            def logits(head):
+                return rows(head.vectors) @ head.prototypes.T
+
             errors[f"{name}_cls"] = relative_error(
-                rows(out.view) @ out.view_prototypes.T, golden[f"{name}_out/cls"]
+                logits(out.heads["view"]), golden[f"{name}_out/cls"]
             )
             errors[f"{name}_region"] = relative_error(
-                rows(out.region) @ out.region_prototypes.T, golden[f"{name}_out/region"]
+                logits(out.heads["region"]), golden[f"{name}_out/region"]
             )
             if name == "student":
                 errors["student_feat"] = relative_error(
-                    rows(out.features), golden["student_out/feat"]
+                    rows(out.region_features), golden["student_out/feat"]
                 )
         return errors
 
@@ -251,7 +257,7 @@ class Replay:
         """Errors of what the teacher's backbone returns for the first global view."""
         golden, backbone = self.golden, self.model.backbone
         params = params_from_state_dict(tensors(golden, "teacher/"))["backbone"]
-        out = jax.jit(functools.partial(backbone.apply, attention=True))(
+        out = jax.jit(functools.partial(backbone.apply, outputs=("attention",)))(
             {"params": params}, normalize(golden["crops/0"])
         )
         attention = [
@@ -262,10 +268,10 @@ class Replay:
             if f"attention/{i}" in golden.files
         ]
         return {
-            "pooled": self.error(out.view, "pooled"),
-            "regions": self.error(out.regions, "regions"),
+            "pooled": self.error(out.view_features, "pooled"),
+            "regions": self.error(out.region_features, "regions"),
             "last4_features": self.error(
-                np.concatenate(out.pooled[-4:], axis=-1), "last4_features"
+                np.concatenate(out.block_means[-4:], axis=-1), "last4_features"
             ),
             "max_attention": max(attention) if attention else None,
         }

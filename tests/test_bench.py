@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from esvit_jax.bench import command, inputs
+from esvit_jax.bench import inputs
 from esvit_jax.bench.losses import bench_losses, plain_losses, random_outputs
 from esvit_jax.bench.step import step_parts, workload
 from esvit_jax.bench.timing import time_in_turns
+from esvit_jax.commands import bench as command
 from esvit_jax.config import flatten
 from esvit_jax.errors import UserError
-from esvit_jax.steps import pair_losses
+from esvit_jax.losses import esvit_loss
 
 reads_a_file = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 PHOTOS = str(Path(__file__).parent / "data" / "photos")
@@ -41,7 +42,9 @@ def test_plain_losses_are_the_chunked_ones(tiny_config, region):
     temps = {"student_temp": 0.1, "teacher_temp": 0.05, "dtype": np.float32}
     plain, plain_grads = jax.value_and_grad(plain_losses)(student, teacher, centers, **temps)
     ours, grads = jax.value_and_grad(
-        lambda s: pair_losses(student=s, teacher=teacher, centers=centers, chunk=10, **temps)[0]
+        lambda s: esvit_loss(
+            student=s, teacher=teacher, centers=centers, prototype_chunk=10, **temps
+        )[0]
     )(student)
     np.testing.assert_allclose(plain, ours, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(grads), strict=True):
@@ -139,8 +142,8 @@ def test_peer_computes_the_same_loss(tiny_config):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from esvit_jax.bench import peer
-    from esvit_jax.interop.huggingface import to_huggingface
-    from esvit_jax.interop.torch_checkpoint import state_dict_from_params
+    from esvit_jax.interop.files import state_dict_from_params
+    from esvit_jax.interop.formats.huggingface import to_huggingface
 
     config = one_device_config(tiny_config)
     config.backbone.drop_path_rate = 0.0

@@ -15,14 +15,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from esvit_jax import checkpoint
+from esvit_jax.commands.convert import main
 from esvit_jax.config import default_config
 from esvit_jax.errors import UserError
 from esvit_jax.interop import convert as convert_module
-from esvit_jax.interop.convert import convert, main, resize_bias_table
+from esvit_jax.interop.convert import convert, resize_bias_table
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
 from esvit_jax.interop.infer import infer_backbone
 from esvit_jax.interop.initialize import init_from
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import BACKBONES, EsViT, create_backbone, create_model
+from esvit_jax.models import PRESETS, EsViT, create_backbone, create_model
 from esvit_jax.models.attention import relative_position_index, shift_mask
 from esvit_jax.state import init_params
 
@@ -112,7 +113,7 @@ def test_features_of_the_published_implementation(tmp_path):
     mean, std = (np.array(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = ((golden["crops/0"] / 255 - mean) / std).astype(np.float32)
     out = jax.jit(backbone.apply)({"params": loaded.teacher["backbone"]}, images)
-    for ours, name in ((out.view, "pooled"), (out.regions, "regions")):
+    for ours, name in ((out.view_features, "pooled"), (out.region_features, "regions")):
         error = np.linalg.norm(np.asarray(ours).ravel() - golden[name].ravel())
         assert error <= 1e-5 * np.linalg.norm(golden[name])
     np.testing.assert_array_equal(loaded.centers["view"], golden["center"][0])
@@ -122,7 +123,7 @@ def test_features_of_the_published_implementation(tmp_path):
         np.testing.assert_array_equal(student[name], golden[f"student/{name}"])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_is_exact_for_every_backbone(name):
     model = EsViT(create_backbone(name, dtype=jnp.dtype("float32")), 8, dtype=jnp.dtype("float32"))
     rng = np.random.default_rng(0)
@@ -269,7 +270,7 @@ def test_supervised_swins_become_backbones(tmp_path, kind):
     assert f"left behind: model head{'.fc' * (kind == 'timm')}.weight" in lines[-1]
     variables = {"params": loaded.params["backbone"]}
     view = jax.eval_shape(
-        lambda images: loaded.model.backbone.apply(variables, images).view,
+        lambda images: loaded.model.backbone.apply(variables, images).view_features,
         jnp.zeros((1, 64, 64, 3)),
     )
     assert view.shape == (1, 32)

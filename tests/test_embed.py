@@ -12,11 +12,12 @@ import pytest
 from test_convert import random_params
 
 from esvit_jax import checkpoint
+from esvit_jax.commands.embed import main
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate import embed as embed_module
-from esvit_jax.evaluate.embed import embed, main
+from esvit_jax.evaluate.embed import embed
 from esvit_jax.evaluate.features import FeatureExtractor
 from esvit_jax.interop.load import load
 
@@ -70,8 +71,8 @@ def test_values_ids_and_labels_of_a_folder(tmp_path, workdir, photos, capsys):
     out = jax.jit(lambda images: vars(backbone.apply(variables, images)))(
         preprocess([photos / name for name in found["id"]])
     )
-    np.testing.assert_allclose(found["view"], out["view"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found["regions"], out["regions"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["view"], out["view_features"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["regions"], out["region_features"], rtol=1e-5, atol=1e-5)
     about = json.loads(str(found["about"]))
     assert (about["step"], about["images"], about["class_names"]) == (6, 4, ["a", "b"])
     assert about["data"] == f"folder:{photos}"

@@ -13,14 +13,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from esvit_jax import checkpoint
+from esvit_jax.commands.export import main
 from esvit_jax.config import default_config
 from esvit_jax.errors import UserError
-from esvit_jax.interop import huggingface, timm_names
 from esvit_jax.interop.convert import convert
-from esvit_jax.interop.export import export, main
-from esvit_jax.interop.exportable import check_images, in_words, relative_error
+from esvit_jax.interop.export import export
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.formats import huggingface
+from esvit_jax.interop.formats import timm as timm_names
+from esvit_jax.interop.formats.base import check_images, in_words, relative_error
 from esvit_jax.interop.load import load
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import create_backbone, create_model
 from esvit_jax.state import init_params
 
@@ -119,7 +121,9 @@ def photos(height, width):
 def own_features(workdir, images, key="teacher"):
     loaded = checkpoint.load_model(workdir)
     params = getattr(loaded, key)["backbone"]
-    return jax.jit(lambda p, x: loaded.model.backbone.apply({"params": p}, x).view)(params, images)
+    return jax.jit(lambda p, x: loaded.model.backbone.apply({"params": p}, x).view_features)(
+        params, images
+    )
 
 
 def snippet(text):
@@ -318,8 +322,8 @@ def test_remote_folder_is_refused(workdir):
 @pytest.mark.parametrize("format", TENSOR_FORMATS)
 def test_wrong_files_are_noticed(workdir, tmp_path, monkeypatch, format):
     """One block's query and key swapped: every name and shape is right, the features are not."""
-    from esvit_jax.interop import exportable
     from esvit_jax.interop.export import FORMATS
+    from esvit_jax.interop.formats import base as exportable
 
     def swap(path, tensors):
         for name, x in tensors.items():

@@ -13,8 +13,8 @@ import pytest
 import replay_golden
 from replay_golden import Replay, given_views, relative_error, tensors
 
-from esvit_jax import steps
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.losses import esvit_loss
 
 GOLDEN = Path(__file__).parent / "data" / "swin_nano_w7.npz"
 # Of gradients, of params after an update, and of the trajectory; 1e-5 otherwise.
@@ -33,7 +33,7 @@ def assert_close(errors):
 @pytest.fixture(scope="module")
 def replay():
     """Two devices, which share the batch of two images, and chunks that divide the prototypes."""
-    return Replay(GOLDEN, devices=2, chunk=32)
+    return Replay(GOLDEN, devices=2, prototype_chunk=32)
 
 
 def test_outputs(replay):
@@ -70,7 +70,7 @@ def test_any_chunk_gives_the_published_losses(replay):
     first = None
     for chunk in (0, 7, 32, 96, 1000):
         loss = functools.partial(
-            steps.pair_losses,
+            esvit_loss,
             teacher=teacher,
             centers={
                 "view": jnp.asarray(golden["center"][0]),
@@ -78,7 +78,7 @@ def test_any_chunk_gives_the_published_losses(replay):
             },
             student_temp=0.1,
             teacher_temp=jnp.asarray(temp, jnp.float32),
-            chunk=chunk,
+            prototype_chunk=chunk,
             dtype=jnp.float32,
         )
         run = jax.jit(jax.value_and_grad(lambda s, f=loss: f(student=s), has_aux=True))
@@ -99,7 +99,7 @@ def test_any_chunk_gives_the_published_losses(replay):
         dict(parallel_mode="shard_map", devices=2),
         dict(parallel_mode="pmap", devices=4, copies=2),
         dict(parallel_mode="shard_map", devices=4, copies=2),
-        dict(accum_steps=2, chunk=7),
+        dict(accum_steps=2, prototype_chunk=7),
     ],
     ids=str,
 )
@@ -139,15 +139,19 @@ def test_other_networks_and_files_without_trajectory(tmp_path):
             if part != "grad" or not name.endswith("weight_g")
         }
     out = jax.jit(model.apply)({"params": params}, [replay_golden.normalize(crops)])
-    rows = {name: np.asarray(getattr(out, name)[0]) for name in ("view", "region", "features")}
-    rows = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+
+    def rows(stacks):
+        return np.asarray(stacks[0]).reshape(-1, stacks[0].shape[-1])
+
     for part in ("student", "teacher"):
-        arrays[f"{part}_out/cls"] = rows["view"] @ out.view_prototypes.T
-        arrays[f"{part}_out/region"] = rows["region"] @ out.region_prototypes.T
-        arrays[f"{part}_out/feat"] = rows["features"]
+        head = out.heads["view"]
+        arrays[f"{part}_out/cls"] = rows(head.vectors) @ head.prototypes.T
+        head = out.heads["region"]
+        arrays[f"{part}_out/region"] = rows(head.vectors) @ head.prototypes.T
+        arrays[f"{part}_out/feat"] = rows(out.region_features)
     arrays |= {name: np.zeros((1, 12), np.float32) for name in ("center", "center_grid")}
     arrays |= {"center_after": np.ones((1, 12)), "center_grid_after": np.ones((1, 12))}
-    arrays["pooled"] = np.asarray(out.pooled[0][0])
+    arrays["pooled"] = np.asarray(out.view_features[0][0])
     write(path, np.load(path), ("regions", "last4", "student_out", "teacher_out"), **arrays)
 
     replay = Replay(path)

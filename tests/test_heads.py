@@ -118,20 +118,24 @@ def test_network_applies_heads_to_views_and_regions(region):
     for i, stack in enumerate(stacks):
         for view, images in enumerate(stack):
             features = apply_backbone({"params": params["backbone"]}, images)
-            regions = features.regions.reshape(3, -1, 4)
-            np.testing.assert_allclose(out.features[i][view], regions, rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(out.pooled[i][view], features.view, rtol=1e-5, atol=1e-6)
-            expected = reference_head(features.view, params["view_head"])
-            np.testing.assert_allclose(out.view[i][view], expected, rtol=1e-4, atol=1e-5)
+            regions = features.region_features.reshape(3, -1, 4)
+            np.testing.assert_allclose(out.region_features[i][view], regions, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                out.view_features[i][view], features.view_features, rtol=1e-5, atol=1e-6
+            )
+            expected = reference_head(features.view_features, params["view_head"])
+            np.testing.assert_allclose(
+                out.heads["view"].vectors[i][view], expected, rtol=1e-4, atol=1e-5
+            )
             if region:
                 expected = reference_head(regions, params["region_head"])
-                np.testing.assert_allclose(out.region[i][view], expected, rtol=1e-4, atol=1e-5)
-    if not region:
-        assert out.region == () and out.region_prototypes is None
-    heads = ("view", "region") if region else ("view",)
-    for head in heads:
+                np.testing.assert_allclose(
+                    out.heads["region"].vectors[i][view], expected, rtol=1e-4, atol=1e-5
+                )
+    assert set(out.heads) == ({"view", "region"} if region else {"view"})
+    for head, output in out.heads.items():
         last = params[f"{head}_head"]["last_layer"]
         expected = (
             last["weight_g"] * last["weight_v"] / np.linalg.norm(last["weight_v"], axis=1)[:, None]
         )
-        np.testing.assert_allclose(getattr(out, f"{head}_prototypes"), expected, rtol=1e-5)
+        np.testing.assert_allclose(output.prototypes, expected, rtol=1e-5)

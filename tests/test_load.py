@@ -16,8 +16,8 @@ from esvit_jax.config import flatten
 from esvit_jax.data.augment import center_view
 from esvit_jax.errors import UserError
 from esvit_jax.interop.convert import convert
+from esvit_jax.interop.files import state_dict_from_params
 from esvit_jax.interop.load import load, preprocessor
-from esvit_jax.interop.torch_checkpoint import state_dict_from_params
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -44,7 +44,7 @@ def workdir(tmp_path):
 def test_three_lines_of_a_notebook(workdir):
     backbone, variables, preprocess = load(workdir)
     images = preprocess([PHOTOS / "chelsea.jpg", PHOTOS / "coffee.jpg"])
-    out = jax.jit(lambda variables, images: backbone.apply(variables, images).view)(
+    out = jax.jit(lambda variables, images: backbone.apply(variables, images).view_features)(
         variables, images
     )
     assert images.shape == (2, 64, 64, 3)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esvit_jax import losses, steps
-from esvit_jax.models import EsViTOutput
+from esvit_jax import losses
+from esvit_jax.losses import esvit_loss
+from esvit_jax.models import EsViTOutput, HeadOutput
 
 K, D, F, IMAGES, REGIONS = 7, 4, 5, 2, (6, 3)  # regions of a global and of a local view
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07
@@ -23,12 +24,18 @@ def network(views, seed):
     rng = np.random.default_rng(seed)
     stacks = [(v, n) for v, n in zip(views, REGIONS, strict=False) if v]
     return EsViTOutput(
-        view=tuple(normal(rng, v, IMAGES, D) for v, _ in stacks),
-        region=tuple(normal(rng, v, IMAGES, n, D) for v, n in stacks),
-        features=tuple(normal(rng, v, IMAGES, n, F) for v, n in stacks),
-        pooled=tuple(normal(rng, v, IMAGES, F) for v, _ in stacks),
-        view_prototypes=normal(rng, K, D),
-        region_prototypes=normal(rng, K, D),
+        heads={
+            "view": HeadOutput(
+                vectors=tuple(normal(rng, v, IMAGES, D) for v, _ in stacks),
+                prototypes=normal(rng, K, D),
+            ),
+            "region": HeadOutput(
+                vectors=tuple(normal(rng, v, IMAGES, n, D) for v, n in stacks),
+                prototypes=normal(rng, K, D),
+            ),
+        },
+        view_features=tuple(normal(rng, v, IMAGES, F) for v, _ in stacks),
+        region_features=tuple(normal(rng, v, IMAGES, n, F) for v, n in stacks),
     )
 
 
@@ -37,10 +44,10 @@ def centers(seed=9):
     return {"view": normal(rng, K), "region": normal(rng, K)}
 
 
-def pair_losses(student, teacher, center, chunk=0):
-    return steps.pair_losses(
+def loss_of(student, teacher, center, chunk=0):
+    return esvit_loss(
         student=student, teacher=teacher, centers=center, student_temp=STUDENT_TEMP,
-        teacher_temp=jnp.asarray(TEACHER_TEMP), chunk=chunk, dtype=jnp.float32,
+        teacher_temp=jnp.asarray(TEACHER_TEMP), prototype_chunk=chunk, dtype=jnp.float32,
     )  # fmt: skip
 
 
@@ -55,8 +62,8 @@ def distribution(vector, prototypes, temp, center=None):
 
 
 def cross_entropy(student, teacher, head, center, s, t):
-    q = distribution(t, getattr(teacher, f"{head}_prototypes"), TEACHER_TEMP, center[head])
-    p = distribution(s, getattr(student, f"{head}_prototypes"), STUDENT_TEMP)
+    q = distribution(t, teacher.heads[head].prototypes, TEACHER_TEMP, center[head])
+    p = distribution(s, student.heads[head].prototypes, STUDENT_TEMP)
     return -sum(q[k] * np.log(p[k]) for k in range(K))
 
 
@@ -74,19 +81,29 @@ def nearest(feature, features):
 def naive_losses(student, teacher, center):
     """(view loss, region loss) over all pairs of a teacher view and a different student view."""
     view, region, pairs = 0.0, 0.0, 0
-    views = [(stack, v) for stack, x in enumerate(student.view) for v in range(len(x))]
+    views = [
+        (stack, v) for stack, x in enumerate(student.heads["view"].vectors) for v in range(len(x))
+    ]
     for t in range(2):
         for s, (stack, v) in enumerate(views):
             if s == t:
                 continue
             pairs += 1
             for b in range(IMAGES):
-                vectors = student.view[stack][v, b], teacher.view[0][t, b]
+                vectors = (
+                    student.heads["view"].vectors[stack][v, b],
+                    teacher.heads["view"].vectors[0][t, b],
+                )
                 view += cross_entropy(student, teacher, "view", center, *vectors) / IMAGES
-                n = student.region[stack].shape[2]
+                n = student.heads["region"].vectors[stack].shape[2]
                 for i in range(n):
-                    match = nearest(student.features[stack][v, b, i], teacher.features[0][t, b])
-                    vectors = student.region[stack][v, b, i], teacher.region[0][t, b, match]
+                    match = nearest(
+                        student.region_features[stack][v, b, i], teacher.region_features[0][t, b]
+                    )
+                    vectors = (
+                        student.heads["region"].vectors[stack][v, b, i],
+                        teacher.heads["region"].vectors[0][t, b, match],
+                    )
                     loss = cross_entropy(student, teacher, "region", center, *vectors)
                     region += loss / IMAGES / n
     assert pairs == 2 * (len(views) - 1)
@@ -98,27 +115,32 @@ def test_losses_equal_loops(num_local):
     student, teacher, center = network((2, num_local), 0), network((2,), 1), centers()
     view, region = naive_losses(student, teacher, center)
     for chunk in (0, 3):
-        loss, scalars = jax.jit(pair_losses, static_argnums=3)(student, teacher, center, chunk)
+        loss, scalars = jax.jit(loss_of, static_argnums=3)(student, teacher, center, chunk)
         np.testing.assert_allclose(scalars["view_loss"], view, rtol=2e-6)
         np.testing.assert_allclose(scalars["region_loss"], region, rtol=2e-6)
         np.testing.assert_allclose(loss, 0.5 * view + 0.5 * region, rtol=2e-6)
-    loss, scalars = pair_losses(student, teacher, {"view": center["view"]})
+    loss, scalars = loss_of(student, teacher, {"view": center["view"]})
     np.testing.assert_allclose(loss, view, rtol=2e-6)
     assert "region_loss" not in scalars
 
 
 def test_scalars_to_watch():
     student, teacher, center = network((2, 3), 0), network((2,), 1), centers()
-    _, scalars = pair_losses(student, teacher, center, 3)
+    _, scalars = loss_of(student, teacher, center, 3)
 
     def mean_entropy(rows, *fields):
         probs = [distribution(row, *fields) for x in rows for row in x.reshape(-1, D)]
         return np.mean([-(p * np.log(p)).sum() for p in probs])
 
     teacher_entropy = mean_entropy(
-        teacher.view, teacher.view_prototypes, TEACHER_TEMP, center["view"]
+        teacher.heads["view"].vectors,
+        teacher.heads["view"].prototypes,
+        TEACHER_TEMP,
+        center["view"],
     )
-    student_entropy = mean_entropy(student.view, student.view_prototypes, STUDENT_TEMP)
+    student_entropy = mean_entropy(
+        student.heads["view"].vectors, student.heads["view"].prototypes, STUDENT_TEMP
+    )
     np.testing.assert_allclose(scalars["teacher_entropy"], teacher_entropy / np.log(K), rtol=1e-4)
     np.testing.assert_allclose(scalars["student_entropy"], student_entropy / np.log(K), rtol=1e-4)
     # Every teacher view is in as many pairs, so that the mean entropy is that of the pairs.
@@ -130,52 +152,56 @@ def test_scalars_to_watch():
 def test_gradients_are_those_of_the_plain_formula():
     student, teacher, center = network((2, 3), 0), network((2,), 1), centers()
 
-    features = student.features  # constants of the choice
+    features = student.region_features  # constants of the choice
 
     def plain(student):
         """The formula with all logits and an explicit gather, by jax's own derivatives."""
 
         def log_probs(x, head):
-            w = getattr(student, f"{head}_prototypes")
+            w = student.heads[head].prototypes
             return jax.nn.log_softmax(x @ w.T / STUDENT_TEMP)
 
         def probs(x, head):
-            w = getattr(teacher, f"{head}_prototypes")
+            w = teacher.heads[head].prototypes
             return jax.nn.softmax((x @ w.T - center[head]) / TEACHER_TEMP)
 
         total, first = 0.0, 0
-        for stack, views in enumerate(student.view):
+        for stack, views in enumerate(student.heads["view"].vectors):
             for v in range(len(views)):
                 for t in range(2):
                     if t == first + v:
                         continue
-                    q, log_p = probs(teacher.view[0][t], "view"), log_probs(views[v], "view")
+                    q, log_p = (
+                        probs(teacher.heads["view"].vectors[0][t], "view"),
+                        log_probs(views[v], "view"),
+                    )
                     total -= 0.5 * jnp.mean(jnp.sum(q * log_p, axis=-1))
-                    log_p = log_probs(student.region[stack][v], "region")
+                    log_p = log_probs(student.heads["region"].vectors[stack][v], "region")
                     for b in range(IMAGES):
-                        others = teacher.features[0][t, b]
+                        others = teacher.region_features[0][t, b]
                         match = [nearest(f, others) for f in features[stack][v, b]]
-                        q = probs(teacher.region[0][t, b, np.array(match)], "region")
+                        q = probs(
+                            teacher.heads["region"].vectors[0][t, b, np.array(match)], "region"
+                        )
                         total -= 0.5 * jnp.mean(jnp.sum(q * log_p[b], axis=-1)) / IMAGES
             first += len(views)
         return total / (2 * (first - 1))
 
     expected = jax.grad(plain)(student)
-    ours = jax.jit(jax.grad(lambda s: pair_losses(s, teacher, center, 3)[0]))(student)
-    for name in ("view", "region", "view_prototypes", "region_prototypes"):
-        for a, b in zip(
-            jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(expected, name)),
-            strict=True,
-        ):  # fmt: skip
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-            assert np.linalg.norm(b) > 0.01
-    for x in (*ours.features, *ours.pooled):  # nothing flows through the choice of regions
+    ours = jax.jit(jax.grad(lambda s: loss_of(s, teacher, center, 3)[0]))(student)
+    for a, b in zip(jax.tree.leaves(ours.heads), jax.tree.leaves(expected.heads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert np.linalg.norm(b) > 0.01
+    for x in (
+        *ours.region_features,
+        *ours.view_features,
+    ):  # nothing flows through the choice of regions
         assert not np.any(x)
 
 
 def test_teacher_and_centers_get_no_gradient():
     student, teacher, center = network((2, 1), 0), network((2,), 1), centers()
-    gradients = jax.jit(jax.grad(lambda t, c: pair_losses(student, t, c)[0], argnums=(0, 1)))(
+    gradients = jax.jit(jax.grad(lambda t, c: loss_of(student, t, c)[0], argnums=(0, 1)))(
         teacher, center
     )
     assert all(not np.any(x) for x in jax.tree.leaves(gradients))

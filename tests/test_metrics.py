@@ -18,15 +18,10 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from esvit_jax.config import default_config
-from esvit_jax.metrics import (
-    MetricWriter,
-    Progress,
-    StepClock,
-    collapse_warning,
-    effective_rank,
-    feature_std,
-    read_metrics,
-)
+from esvit_jax.runlog.clock import StepClock
+from esvit_jax.runlog.collapse import collapse_warning, effective_rank, feature_std
+from esvit_jax.runlog.progress import Progress
+from esvit_jax.runlog.writer import MetricWriter, read_metrics
 
 # Metrics on disk.
 
@@ -133,7 +128,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_a_killed_process_loses_no_line(tmp_path):
     code = (
-        "import os, signal, sys; from esvit_jax.metrics import MetricWriter\n"
+        "import os, signal, sys; from esvit_jax.runlog.writer import MetricWriter\n"
         "writer = MetricWriter(sys.argv[1])\n"
         "for step in range(5): writer.write(step, {'loss': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esvit_jax import costs, hlo
-from esvit_jax import plan as plan_module
-from esvit_jax.accelerators import CHIPS
+from esvit_jax.commands import plan as plan_module
+from esvit_jax.commands.plan import main
 from esvit_jax.config import resolve
 from esvit_jax.errors import UserError
-from esvit_jax.plan import largest_batch, main, plan, search
+from esvit_jax.planning import measure, traffic
+from esvit_jax.planning.chips import CHIPS
+from esvit_jax.planning.search import largest_batch, plan, search
+from esvit_jax.recipe import build
 from esvit_jax.state import create_state, init_params
-from esvit_jax.train import build
 
 KEYS = {
     "topology", "chips", "per_chip_batch", "argument_bytes", "temp_bytes", "peak_bytes",
@@ -27,12 +28,13 @@ KEYS = {
 
 def traced_flops(config, devices=4):
     numbers = resolve(config, num_images=6000, num_devices=devices)
-    model, optimizer, step, _ = build(config, numbers)
+    recipe = build(config, numbers)
     state = jax.eval_shape(
-        lambda key: create_state(model, optimizer, init_params(model, key)), jax.random.key(0)
+        lambda key: create_state(recipe.model, recipe.optimizer, init_params(recipe.model, key)),
+        jax.random.key(0),
     )
-    batch = costs.batch_shapes(config, devices, numbers.images_per_device)
-    return costs.step_flops(step, state, batch), state
+    batch = measure.batch_shapes(config, devices, numbers.images_per_device)
+    return measure.step_flops(recipe.step, state, batch), state
 
 
 # Bytes of an HLO text.
@@ -53,7 +55,7 @@ def traced_flops(config, devices=4):
     ],
 )
 def test_shape_bytes(shape, expected):
-    assert hlo.shape_bytes(shape) == expected
+    assert traffic.shape_bytes(shape) == expected
 
 
 LOOP = """HloModule m, is_scheduled=true
@@ -98,12 +100,12 @@ ENTRY %main (x: f32[6,100], y: f32[100]) -> f32[100] {
 
 def test_bytes_of_a_loop():
     # A turn: one row read and written by the fusion, two read and one written by the sum.
-    assert hlo.bytes_accessed(LOOP) == 6 * 5 * 400
+    assert traffic.bytes_accessed(LOOP) == 6 * 5 * 400
 
 
 def test_bytes_of_a_loop_without_a_known_length():
     with pytest.raises(ValueError, match="loop has no constant bound"):
-        hlo.bytes_accessed(LOOP.replace("constant(6)", "parameter(1)"))
+        traffic.bytes_accessed(LOOP.replace("constant(6)", "parameter(1)"))
 
 
 def test_bytes_of_an_update_in_place():
@@ -123,7 +125,7 @@ ENTRY %main (a: f32[50,100], b: f32[1,100], i: s32[]) -> f32[50,100] {
   ROOT %f = f32[50,100]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%update
 }
 """
-    assert hlo.bytes_accessed(text) == 400 + 4  # one row written, the index read
+    assert traffic.bytes_accessed(text) == 400 + 4  # one row written, the index read
 
 
 def test_bytes_of_copying_a_part_to_the_chip_and_back():
@@ -140,13 +142,13 @@ ENTRY %main (a: f32[50,100]) -> f32[50,100] {
 }
 """  # noqa: E501
     # Ten lines to the chip, none between places there, one back, then five.
-    assert hlo.bytes_accessed(text) == (10 + 0 + 1 + 5) * 400
+    assert traffic.bytes_accessed(text) == (10 + 0 + 1 + 5) * 400
 
 
 def test_bytes_of_compiled_programs():
     def compiled(f, *shapes):
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return hlo.bytes_accessed(jax.jit(f).lower(*shapes).compile().as_text())
+        return traffic.bytes_accessed(jax.jit(f).lower(*shapes).compile().as_text())
 
     assert compiled(lambda x: jnp.sin(x) * 2 + 1, (1000, 1000)) == 8_000_000
     assert compiled(lambda x, y: x @ y, (64, 32), (32, 16)) == 4 * (64 * 32 + 32 * 16 + 64 * 16)
@@ -169,7 +171,7 @@ def test_bytes_of_compiled_programs():
 def test_matmul_flops():
     def flops(f, *shapes):
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        return costs.matmul_flops(jax.make_jaxpr(f)(*shapes).jaxpr)
+        return measure.matmul_flops(jax.make_jaxpr(f)(*shapes).jaxpr)
 
     def chain(x, ys):
         return jax.lax.scan(lambda x, y: (jnp.tanh(x @ y), None), x, ys)[0].sum()
@@ -209,12 +211,12 @@ def test_flops_of_the_step_do_not_depend_on_chunks(tiny_config):
 
 def test_floor():
     facts = {"topology": "v5e:2x4", "bytes_accessed": 819e9 // 10, "flops": 197e12 // 100}
-    result = costs.floor(facts, batch_size=512, total_steps=36_000)
+    result = measure.floor(facts, batch_size=512, total_steps=36_000)
     assert result["floor_seconds"] == pytest.approx(0.1)
     assert result["floor_images_per_second"] == pytest.approx(5120)
     assert result["floor_hours"] == pytest.approx(1)
     facts["flops"] = 197e12
-    assert costs.floor(facts, batch_size=512, total_steps=1)["floor_seconds"] == pytest.approx(1)
+    assert measure.floor(facts, batch_size=512, total_steps=1)["floor_seconds"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_floor():
     ],
 )  # fmt: skip
 def test_used_memory(message, expected):
-    assert costs.used_memory(message) == expected
+    assert measure.used_memory(message) == expected
 
 
 # The search, on a chip whose memory is a line in the batch.
@@ -325,7 +327,7 @@ def test_unknown_topology(tiny_config, topology):
 
 
 def test_without_libtpu(tiny_config, monkeypatch):
-    monkeypatch.setattr(costs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'install it with pip install "esvit_jax\[tpu\]"'):
         plan(tiny_config, "v5e:2x4")
 
@@ -340,7 +342,7 @@ def test_environment():
         "v5e:2x4": "v5litepod-8", "v4:2x2x1": "v4-8", "v5p:4x8x8": "v5p-512", "v6e:16x16": "v6e-256"
     }  # fmt: skip
     for topology, name in types.items():
-        assert costs.environment(topology)["TPU_ACCELERATOR_TYPE"] == name
+        assert measure.environment(topology)["TPU_ACCELERATOR_TYPE"] == name
 
 
 def test_chips():

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esvit_jax import steps
-from esvit_jax.models import EsViTOutput
+from esvit_jax.losses import esvit_loss
+from esvit_jax.models import EsViTOutput, HeadOutput
 from esvit_jax.models.heads import Prototypes
 from esvit_jax.prototypes import expected_prototypes, log_normalizer, mean_logits
 
@@ -186,22 +186,22 @@ def test_logits_are_never_held_whole():
     def output(views):
         stacks = [(v, images) for v in views]
         return EsViTOutput(
-            view=tuple(jnp.ones((*s, d)) for s in stacks),
-            region=tuple(jnp.ones((*s, n, d)) for s in stacks),
-            features=tuple(jnp.ones((*s, n, d)) for s in stacks),
-            pooled=tuple(jnp.ones((*s, d)) for s in stacks),
-            view_prototypes=jnp.ones((k, d)),
-            region_prototypes=jnp.ones((k, d)),
+            heads={
+                "view": HeadOutput(tuple(jnp.ones((*s, d)) for s in stacks), jnp.ones((k, d))),
+                "region": HeadOutput(tuple(jnp.ones((*s, n, d)) for s in stacks), jnp.ones((k, d))),
+            },
+            view_features=tuple(jnp.ones((*s, d)) for s in stacks),
+            region_features=tuple(jnp.ones((*s, n, d)) for s in stacks),
         )
 
     def largest(chunk):
         loss = functools.partial(
-            steps.pair_losses,
+            esvit_loss,
             teacher=output([2]),
             centers={"view": jnp.zeros(k), "region": jnp.zeros(k)},
             student_temp=0.1,
             teacher_temp=jnp.asarray(0.07),
-            chunk=chunk,
+            prototype_chunk=chunk,
             dtype=jnp.float32,
         )
         gradient = jax.grad(lambda student: loss(student=student)[0])

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from esvit_jax.errors import UserError
-from esvit_jax.models import BACKBONES, Swin, create_backbone
+from esvit_jax.models import PRESETS, Swin, create_backbone
 from esvit_jax.models.layers import DropPath
 from esvit_jax.models.swin import (
     PatchMerging,
@@ -144,16 +144,17 @@ def test_block_equals_loops(height, width, window, shift):
     x = normal(1, 2, height, width, 8)
     block = SwinBlock(2, window, shift, mlp_ratio=2.0, drop_path_rate=0.0)
     rows, shape = x.reshape(-1, 8), x.shape[:3]
-    init = functools.partial(block.init, shape=shape, train=False, attention=True)
+    init = functools.partial(block.init, shape=shape, train=False)
     params = random_params(init, rows)
-    run = jax.jit(block.apply, static_argnums=(2, 3, 4))
-    out, weights = run({"params": params}, rows, shape, False, True)
+    run = jax.jit(block.clone(return_weights=True).apply, static_argnums=(2, 3))
+    out, weights = run({"params": params}, rows, shape, False)
     out = out.reshape(x.shape)
     for i in range(2):
         expected, attention = reference_block(np.asarray(x[i]), params, 2, window, shift)
         np.testing.assert_allclose(out[i], expected, rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(weights[i], attention, rtol=2e-5, atol=2e-6)
-    without, no_weights = run({"params": params}, rows, shape, False, False)
+    run = jax.jit(block.apply, static_argnums=(2, 3))
+    without, no_weights = run({"params": params}, rows, shape, False)
     np.testing.assert_allclose(without.reshape(x.shape), out, rtol=1e-5, atol=1e-5)
     assert no_weights is None
 
@@ -164,14 +165,14 @@ def test_one_window_has_the_gradients_of_padding(height, width, shift):
     rows, towards = normal(4, 2 * height * width, 8), normal(5, 2 * height * width, 8)
     block = SwinBlock(2, 3, shift, mlp_ratio=2.0, drop_path_rate=0.0)
     shape = 2, height, width
-    init = functools.partial(block.init, shape=shape, train=False, attention=True)
+    init = functools.partial(block.init, shape=shape, train=False)
     params = random_params(init, rows)
 
-    def gradients(attention):
+    def gradients(return_weights):
+        run = block.clone(return_weights=return_weights)
+
         def total(params, rows):
-            return jnp.sum(
-                block.apply({"params": params}, rows, shape, False, attention)[0] * towards
-            )
+            return jnp.sum(run.apply({"params": params}, rows, shape, False)[0] * towards)
 
         return jax.jit(jax.grad(total, argnums=(0, 1)))(params, rows)
 
@@ -194,11 +195,15 @@ def test_whole_backbone_equals_loops(height, width):
     images = normal(3, 2, height, width, 3)
     backbone = Swin(**TINY)
     params = random_params(backbone.init, images)
-    out = jax.jit(functools.partial(backbone.apply, attention=True))({"params": params}, images)
+    out = jax.jit(functools.partial(backbone.apply, outputs=("attention",)))(
+        {"params": params}, images
+    )
     regions, pooled, attention = reference_swin(np.asarray(images[1]), params, backbone)
-    np.testing.assert_allclose(out.regions[1], regions, rtol=5e-5, atol=5e-5)
-    np.testing.assert_allclose(out.view[1], regions.mean(axis=(0, 1)), rtol=5e-5, atol=5e-5)
-    for ours, theirs in zip(out.pooled, pooled, strict=True):
+    np.testing.assert_allclose(out.region_features[1], regions, rtol=5e-5, atol=5e-5)
+    np.testing.assert_allclose(
+        out.view_features[1], regions.mean(axis=(0, 1)), rtol=5e-5, atol=5e-5
+    )
+    for ours, theirs in zip(out.block_means, pooled, strict=True):
         np.testing.assert_allclose(ours[1], theirs, rtol=5e-5, atol=5e-5)
     for ours, theirs in zip(out.attention, attention, strict=True):
         np.testing.assert_allclose(ours[1], theirs, rtol=5e-5, atol=5e-6)
@@ -230,7 +235,7 @@ def parameters(embed_dim, depths, num_heads, windows):
 )
 def test_parameter_counts(name, window, published):
     images = jnp.zeros((1, 96, 96, 3))
-    fields = {k: BACKBONES[name][k] for k in ("embed_dim", "depths", "num_heads")}
+    fields = {k: PRESETS[name][1][k] for k in ("embed_dim", "depths", "num_heads")}
     windows = (7, 7, 7, 7) if window == 7 else (14, 14, 14, 7)
     backbone = create_backbone(name, window_size=window)
     shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)
@@ -250,14 +255,21 @@ def test_shapes_of_swin_tiny():
     assert backbone.num_features == 768
 
     def init(images):
-        out, _ = backbone.init_with_output(jax.random.key(0), images, attention=True)
+        out, _ = backbone.init_with_output(jax.random.key(0), images, outputs=("attention",))
         return vars(out)
 
     for size, side, windows in ((224, 7, (64, 16, 4, 1)), (96, 3, (16, 4, 1, 1))):
         out = jax.eval_shape(init, jnp.zeros((2, size, size, 3)))
-        assert out["view"].shape == (2, 768) and out["regions"].shape == (2, side, side, 768)
-        assert [x.shape[-1] for x in out["pooled"]] == [96] * 2 + [192] * 2 + [384] * 6 + [768] * 2
-        assert sum(x.shape[-1] for x in out["pooled"][-4:]) == 2304
+        assert out["view_features"].shape == (2, 768) and out["region_features"].shape == (
+            2,
+            side,
+            side,
+            768,
+        )
+        assert [x.shape[-1] for x in out["block_means"]] == [96] * 2 + [192] * 2 + [384] * 6 + [
+            768
+        ] * 2
+        assert sum(x.shape[-1] for x in out["block_means"][-4:]) == 2304
         stages = zip((2, 2, 6, 2), windows, (3, 6, 12, 24), strict=True)
         assert [x.shape for x in out["attention"]] == [
             (2, w, heads, 49, 49) for depth, w, heads in stages for _ in range(depth)
@@ -265,7 +277,7 @@ def test_shapes_of_swin_tiny():
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(UserError, match="'swin_huge' is unknown; known are swin_tiny, "):
+    with pytest.raises(UserError, match="name = 'swin_huge': known are swin_tiny, "):
         create_backbone("swin_huge")
 
 
@@ -313,7 +325,7 @@ def test_remat_changes_nothing():
         def loss(params):
             rngs = {"drop_path": jax.random.key(5)}
             out = backbone.apply({"params": params}, images, True, rngs=rngs)
-            return jnp.sum(jnp.sin(out.regions))
+            return jnp.sum(jnp.sin(out.region_features))
 
         return jax.jit(jax.value_and_grad(loss))(params), str(
             jax.make_jaxpr(jax.grad(loss))(params)
@@ -349,7 +361,7 @@ def test_bfloat16_is_for_products_only(attention_dtype):
     own = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
     assert {x.dtype for x in jax.tree.leaves(own)} == {jnp.dtype("float32")}
 
-    apply = functools.partial(backbone.apply, {"params": params}, attention=True)
+    apply = functools.partial(backbone.apply, {"params": params}, outputs=("attention",))
     out = jax.jit(apply)(images)
     assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype("float32")}
     for weights in out.attention:
@@ -360,6 +372,6 @@ def test_bfloat16_is_for_products_only(attention_dtype):
             used[equation.primitive.name] |= {x.aval.dtype.name for x in equation.invars}
     assert used["exp"] == used["rsqrt"] == {"float32"}
     assert used["dot_general"] == used["conv_general_dilated"] == {"bfloat16"}
-    expected = jax.jit(exact.apply)({"params": params}, images).regions
-    error = np.linalg.norm(out.regions - expected) / np.linalg.norm(expected)
+    expected = jax.jit(exact.apply)({"params": params}, images).region_features
+    error = np.linalg.norm(out.region_features - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 7e-3

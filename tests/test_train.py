@@ -16,11 +16,11 @@ import pytest
 from conftest import QUICK_COMPILE
 from rich.console import Console
 
-from esvit_jax import checkpoint, parallel, steps, train
+from esvit_jax import checkpoint, loop, parallel, recipe, steps
 from esvit_jax.config import resolve
 from esvit_jax.data.augment import augment
-from esvit_jax.errors import UserError
-from esvit_jax.metrics import read_metrics
+from esvit_jax.errors import RunError, UserError
+from esvit_jax.runlog.writer import read_metrics
 from esvit_jax.state import create_state, init_params
 
 QUIET = Console(quiet=True)
@@ -97,15 +97,15 @@ def test_other_run_in_workdir_is_refused(uninterrupted, tiny_config):
     config.optimizer.learning_rate = 1e-3
     config.log_every_steps = 2  # free
     with pytest.raises(UserError, match=r"holds another run.*config.optimizer.learning_rate was"):
-        train.train(config, str(uninterrupted), QUIET)
+        loop.train(config, str(uninterrupted), console=QUIET)
     config.optimizer.learning_rate = 5e-4
     config.total_steps = 9
     with pytest.raises(UserError, match=r"config.total_steps was 8 and is 9 now"):
-        train.train(config, str(uninterrupted), QUIET)
+        loop.train(config, str(uninterrupted), console=QUIET)
 
 
 def test_knn_command_evaluates_a_workdir(uninterrupted, tmp_path, capsys):
-    from esvit_jax.evaluate import knn
+    from esvit_jax.commands import knn
 
     knn.main([f"--workdir={uninterrupted}", f"--out={tmp_path}/knn.json"])
     report = json.loads((tmp_path / "knn.json").read_text())
@@ -116,9 +116,9 @@ def test_knn_command_evaluates_a_workdir(uninterrupted, tmp_path, capsys):
 
 def test_training_loads_neither_tensorflow_nor_torch(tmp_path):
     code = (
-        "import sys, conftest; from esvit_jax import train; "
-        "c = conftest.tiny_config.__wrapped__(); c.total_steps = 1; "
-        f"train.train(c, {str(tmp_path)!r}); "
+        "import sys, tiny; from esvit_jax import loop; "
+        "c = tiny.tiny_config(); c.total_steps = 1; "
+        f"loop.train(c, {str(tmp_path)!r}); "
         "bad = {'tensorflow', 'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run(
@@ -133,11 +133,11 @@ def test_bad_steps_are_skipped_then_stop_the_run(tiny_config, tmp_path, monkeypa
     def broken(*arguments):
         return jax.tree.map(lambda x: x * jnp.nan, augment(*arguments))
 
-    monkeypatch.setattr(train, "augment", broken)
+    monkeypatch.setattr(recipe, "augment", broken)
     tiny_config.max_bad_steps = 3
     tiny_config.total_steps = 50
-    with pytest.raises(UserError, match=r"3 losses in a row .*max_bad_steps.*bad_step"):
-        train.train(tiny_config, str(tmp_path), QUIET)
+    with pytest.raises(RunError, match=r"3 losses in a row .*max_bad_steps.*bad_step"):
+        loop.train(tiny_config, str(tmp_path), console=QUIET)
     batch = np.load(tmp_path / "bad_step" / "batch.npz")
     assert batch["canvas"].shape == (8, 28, 28, 3)
     scalars = json.loads((tmp_path / "bad_step" / "scalars.json").read_text())
@@ -154,23 +154,22 @@ def test_unlabelled_folder_trains_and_knn_is_refused(tiny_config, tmp_path):
         cv2.imwrite(str(photos / f"{i}.jpg"), r.integers(0, 256, (20 + i, 30, 3), np.uint8))
     tiny_config.data.name = f"folder:{photos}"
     tiny_config.total_steps = 2
-    last = train.train(tiny_config, str(tmp_path / "run"), QUIET)
-    assert np.isfinite(last["loss"])
+    last = loop.train(tiny_config, str(tmp_path / "run"), console=QUIET)
+    assert np.isfinite(last.scalars["loss"])
     tiny_config.knn_every_steps = 1
     tiny_config.data.test_split = "train"
     with pytest.raises(UserError, match=r"config.knn_every_steps = 1: k-NN needs labels"):
-        train.train(tiny_config, str(tmp_path / "other"), QUIET)
+        loop.train(tiny_config, str(tmp_path / "other"), console=QUIET)
 
 
 def run_steps(config, *, devices, mode, count=3):
     """Params, teacher, centers and losses after a few steps on so many devices."""
     config.backbone.drop_path_rate = 0.0  # a device draws its own
     numbers = resolve(config, num_images=6000, num_devices=devices)
-    model, optimizer, step, _ = train.build(config, numbers)
-    state = parallel.replicate(
-        create_state(model, optimizer, init_params(model, jax.random.key(0))), mode
-    )
-    lifted = parallel.lift(step, mode, devices=jax.devices()[:devices])
+    built = recipe.build(config, numbers)
+    params = init_params(built.model, jax.random.key(0))
+    state = parallel.replicate(create_state(built.model, built.optimizer, params), mode)
+    lifted = parallel.lift(built.step, mode, devices=jax.devices()[:devices])
     r = np.random.default_rng(1)
     seen = []
     for _ in range(count):
@@ -187,9 +186,9 @@ def run_steps(config, *, devices, mode, count=3):
 @pytest.fixture(scope="module")
 def one_device():
     """Steps on one device, to compare layouts with."""
-    import conftest
+    import tiny
 
-    return run_steps(conftest.tiny_config.__wrapped__(), devices=1, mode="pmap")
+    return run_steps(tiny.tiny_config(), devices=1, mode="pmap")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from esvit_jax.errors import UserError
-from esvit_jax.metrics import read_metrics
+from esvit_jax.runlog.writer import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,33 +6,34 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from esvit_jax import metrics
 from esvit_jax.analyze.figures import loss_figure, views_figure
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import augment
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
+from esvit_jax.evaluate.result import RAW_PIXELS, Result, results_of_lines
+from esvit_jax.runlog.writer import read_metrics
 
 
 def knn_summary(workdir: str) -> Table | None:
     """What the run's k-NN evaluations say it learned, a row each; None if there were none."""
-    rows, ks = {}, []
-    for record in metrics.read_metrics(Path(workdir) / "metrics.jsonl"):
-        for prefix, title in (
-            ("raw_pixels/knn/top1/", "raw pixels"),
-            ("knn/top1/", f"teacher after {record['step']} steps"),
-        ):
-            top1 = {name: x for name, x in record.items() if name.startswith(prefix)}
-            if top1:
-                key = prefix if record["step"] == 0 else "last"
-                title = "teacher before training" if key == "knn/top1/" else title
-                rows[key] = [title, *(f"{x:.1f}" for x in top1.values())]
-                ks = [name.removeprefix(prefix) for name in top1]
-    if not rows:
+    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    results = [r for r in results_of_lines(lines) if r.evaluation == "knn"]
+    if not results:
         return None
+    rows: dict[str, Result] = {}
+    for result in results:  # of several of a kind the last
+        if result.subject == RAW_PIXELS:
+            rows["raw pixels"] = result
+        elif result.step == 0:
+            rows["teacher before training"] = result
+        else:
+            rows["teacher"] = result
+    ks = results[-1].quantity("top1")
     table = Table("features", *(f"k = {k}" for k in ks), title="k-NN top-1 on the test split, %")
-    for row in rows.values():
-        table.add_row(*row)
+    for name, result in rows.items():
+        title = f"teacher after {result.step} steps" if name == "teacher" else name
+        table.add_row(title, *(f"{x:.1f}" for x in result.quantity("top1").values()))
     return table
 
 

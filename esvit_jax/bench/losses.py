@@ -11,9 +11,8 @@ from jaxtyping import Array, Float
 
 from esvit_jax.bench.timing import time_in_turns
 from esvit_jax.config import ConfigDict
-from esvit_jax.losses import match_regions
+from esvit_jax.losses import esvit_loss, match_regions
 from esvit_jax.models import EsViTOutput, create_model
-from esvit_jax.steps import pair_losses
 
 
 def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -35,8 +34,8 @@ def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> lis
     }
 
     def chunked(student, teacher, centers):
-        fields = temperatures | {"chunk": config.loss.prototype_chunk}
-        return pair_losses(student=student, teacher=teacher, centers=centers, **fields)[0]
+        fields = temperatures | {"prototype_chunk": config.loss.prototype_chunk}
+        return esvit_loss(student=student, teacher=teacher, centers=centers, **fields)[0]
 
     plain = functools.partial(plain_losses, **temperatures)
     rows = []
@@ -100,7 +99,7 @@ def plain_losses(
     teacher_temp: float,
     dtype: DTypeLike,
 ) -> Float[Array, ""]:
-    """`steps.pair_losses` the published way: all logits, and a gather of targets for each pair."""
+    """`losses.esvit_loss` the published way: all logits, and a gather of targets for each pair."""
 
     def logits(vectors, prototypes):
         return jnp.einsum(
@@ -108,20 +107,21 @@ def plain_losses(
             preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def loss(head):
-        teacher_logits = logits(getattr(teacher, head)[0], getattr(teacher, f"{head}_prototypes"))
-        probs = jax.nn.softmax((teacher_logits - centers[head]) / teacher_temp)
+    def loss(name):
+        ours, theirs = student.heads[name], teacher.heads[name]
+        teacher_logits = logits(theirs.vectors[0], theirs.prototypes)
+        probs = jax.nn.softmax((teacher_logits - centers[name]) / teacher_temp)
         total, pairs, first = jnp.zeros(()), 0, 0
-        for vectors, features in zip(getattr(student, head), student.features, strict=True):
-            prototypes = getattr(student, f"{head}_prototypes")
-            log_probs = jax.nn.log_softmax(logits(vectors, prototypes) / student_temp)
+        for vectors, features in zip(ours.vectors, student.region_features, strict=True):
+            log_probs = jax.nn.log_softmax(logits(vectors, ours.prototypes) / student_temp)
             for s, t in itertools.product(range(len(vectors)), range(2)):
                 if first + s == t:
                     continue
                 targets = probs[t]
-                if head == "region":
+                if name == "region":
                     matches = match_regions(
-                        student_features=features[s], teacher_features=teacher.features[0][t]
+                        student_features=features[s],
+                        teacher_features=teacher.region_features[0][t],
                     )
                     targets = jnp.take_along_axis(targets, matches[..., None], axis=1)
                 total -= jnp.sum(targets * log_probs[s], axis=-1).mean()

@@ -59,7 +59,7 @@ def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Any]:
 
 
 def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
-    parts, backbone = step_parts(work), work.model.backbone
+    parts, backbone = step_parts(work), work.recipe.model.backbone
     views = parts["augmentation"]()
     params = jax.device_put(work.state.params["backbone"])
 
@@ -68,13 +68,14 @@ def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
         def loss_of(params):
             stacks = [views[name] for name in ("global", "local") if len(views[name])]
             outputs = [
-                backbone.apply(
-                    {"params": params}, rearrange(stack, "v b h w c -> (v b) h w c"), True,
-                    rngs={"drop_path": jax.random.key(1)},
+                backbone.forward(
+                    params,
+                    rearrange(stack, "v b h w c -> (v b) h w c"),
+                    drop_key=jax.random.key(1),
                 )
                 for stack in stacks
-            ]  # fmt: skip
-            return sum(jnp.mean(out.view**2) for out in outputs)
+            ]
+            return sum(jnp.mean(out.view_features**2) for out in outputs)
 
         return jax.grad(loss_of)(params)
 
@@ -176,17 +177,17 @@ class Peer:
     """Student, teacher, centers and optimiser in PyTorch."""
 
     def __init__(self, work: Workload, device: Any, compiled: bool):
-        config, keywords = work.config, work.step.keywords
+        config = work.config
         self.device, self.clip_norm = device, config.optimizer.clip_norm
         self.student_temp = config.loss.student_temp
-        self.teacher_temp = float(keywords["teacher_temp"](0))
+        self.teacher_temp = float(work.recipe.schedules["teacher_temp"](0))
         self.center_momentum = config.loss.center_momentum
         self.teacher_momentum = config.optimizer.teacher_momentum
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
         )
-        self.student = Network(config, work.model.backbone, compiled).to(device)
-        self.teacher = Network(config, work.model.backbone, compiled).to(device)
+        self.student = Network(config, work.recipe.model.backbone, compiled).to(device)
+        self.teacher = Network(config, work.recipe.model.backbone, compiled).to(device)
         self.teacher.load_state_dict(self.student.state_dict())
         self.centers = {
             head: torch.zeros(config.head.num_prototypes, device=device)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esvit_jax import costs, parallel
+from esvit_jax import parallel
 from esvit_jax.bench.timing import time_in_turns
 from esvit_jax.config import ConfigDict, resolve
+from esvit_jax.losses import esvit_loss
+from esvit_jax.planning import measure
+from esvit_jax.recipe import Recipe, build
 from esvit_jax.state import TrainState, create_state, init_params
-from esvit_jax.steps import loss_and_gradients, pair_losses
-from esvit_jax.train import build
+from esvit_jax.steps import loss_and_gradients
 
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the factors
 
@@ -24,9 +26,7 @@ class Workload(NamedTuple):
     """A config's training step with random data to run it on."""
 
     config: ConfigDict
-    model: Any
-    optimizer: Any
-    step: Any  # functools.partial of `steps.train_step`
+    recipe: Recipe
     state: TrainState  # on the host
     batch: dict[str, np.ndarray]  # [devices, b, ...]
 
@@ -38,17 +38,17 @@ def workload(config: ConfigDict, num_images: int) -> Workload:
       UserError: the config cannot work on these devices.
     """
     numbers = resolve(config, num_images=num_images, num_devices=jax.device_count())
-    model, optimizer, step, _ = build(config, numbers)
-    params = jax.jit(functools.partial(init_params, model))(jax.random.key(config.seed))
-    state = jax.jit(functools.partial(create_state, model, optimizer))(params)
-    shapes = costs.batch_shapes(config, jax.local_device_count(), numbers.images_per_device)
+    recipe = build(config, numbers)
+    params = jax.jit(functools.partial(init_params, recipe.model))(jax.random.key(config.seed))
+    state = jax.jit(functools.partial(create_state, recipe.model, recipe.optimizer))(params)
+    shapes = measure.batch_shapes(config, jax.local_device_count(), numbers.images_per_device)
     rng = np.random.default_rng(config.seed)
     side = config.data.canvas_size
     batch = {
         "canvas": rng.integers(0, 256, shapes["canvas"].shape, np.uint8),
         "size": rng.integers(side * 3 // 4, side + 1, shapes["size"].shape, np.int32),
     }
-    return Workload(config, model, optimizer, step, jax.device_get(state), batch)
+    return Workload(config, recipe, jax.device_get(state), batch)
 
 
 def bench_step(work: Workload, rounds: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def bench_step(work: Workload, rounds: int) -> dict[str, Any]:
     config, devices, memory = work.config, jax.device_count(), compiled.memory_analysis()
     product, operations = matrix_product(config.dtype)
     times = time_in_turns({"step": run_step, "product": product}, rounds)
-    flops = devices * costs.step_flops(work.step, work.state, work.batch)
+    flops = devices * measure.step_flops(work.recipe.step, work.state, work.batch)
     tflops = flops / times["step"].median / 1e12
     product_tflops = devices * operations / times["product"].median / 1e12
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -87,7 +87,7 @@ def bench_step(work: Workload, rounds: int) -> dict[str, Any]:
 def compile_step(work: Workload) -> tuple[Any, Callable[[], Any]]:
     """The compiled step, and a call that takes one step further each time."""
     state = parallel.replicate(work.state, work.config.parallel)
-    lifted: Any = parallel.lift(work.step, work.config.parallel, donate=True)
+    lifted: Any = parallel.lift(work.recipe.step, work.config.parallel, donate=True)
     compiled = lifted.lower(state, work.batch).compile()
 
     def run_step():
@@ -129,43 +129,48 @@ def bench_split(work: Workload, rounds: int) -> dict[str, float]:
 
 def step_parts(work: Workload) -> dict[str, Callable[[], Any]]:
     """The parts of a step on the first device's share of the batch, as calls."""
-    keywords = work.step.keywords  # what `train.build` bound to the step
-    model, state = work.model, jax.device_put(work.state, jax.local_devices()[0])
+    recipe, model = work.recipe, work.recipe.model
+    state = jax.device_put(work.state, jax.local_devices()[0])
     batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, jax.local_devices()[0])
     image_keys = jax.random.split(jax.random.key(0), len(batch["size"]))
-    make_views = jax.jit(keywords["make_views"])
+    make_views = jax.jit(recipe.make_views)
     views = make_views(image_keys, batch)
-    fields = {
-        "student_temp": keywords["student_temp"],
-        "teacher_temp": keywords["teacher_temp"](state.step),
-        "chunk": keywords["chunk"],
-        "dtype": keywords["dtype"],
-    }
+    options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
     drop_key = jax.random.key(1)
 
     @jax.jit
     def teacher(params, views):
-        return model.apply({"params": params}, [views["global"]])
+        return model.forward(params, [views["global"]])
 
     @jax.jit
     def student(params, views):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        return model.apply({"params": params}, stacks, True, rngs={"drop_path": drop_key})
+        return model.forward(params, stacks, drop_key=drop_key)
 
     @jax.jit
     def losses(student_output, teacher_output):
         def loss_of(student_output):
-            return pair_losses(
-                student=student_output, teacher=teacher_output, centers=state.centers, **fields
+            return esvit_loss(
+                student=student_output,
+                teacher=teacher_output,
+                centers=state.centers,
+                student_temp=options.student_temp,
+                teacher_temp=teacher_temp,
+                prototype_chunk=options.prototype_chunk,
+                dtype=options.dtype,
             )[0]
 
         return jax.grad(loss_of)(student_output)
 
-    gradients = jax.jit(functools.partial(loss_and_gradients, model=model, **fields))
+    gradients = jax.jit(
+        functools.partial(
+            loss_and_gradients, model=model, teacher_temp=teacher_temp, options=options
+        )
+    )
 
     @jax.jit
     def update(grads, state):
-        updates, opt_state = work.optimizer.update(
+        updates, opt_state = recipe.optimizer.update(
             grads, state.opt_state, state.params, step=state.step
         )
         return optax.apply_updates(state.params, updates), opt_state

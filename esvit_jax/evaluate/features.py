@@ -1,7 +1,7 @@
 """Features of every image of a source, computed on all devices."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ def view_features(backbone: Any, config: ConfigDict) -> Callable[[Any, dict], ja
     """(the backbone's params, batch) -> view features f32[b, d]."""
 
     def extract(params, batch):
-        return backbone.apply({"params": params}, evaluation_images(config, batch)).view
+        return backbone.forward(params, evaluation_images(config, batch)).view_features
 
     return extract
 
@@ -44,16 +44,32 @@ def raw_pixels(config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
     return extract
 
 
+def fitting_batch_size(batch_size: int, lengths: Sequence[int], devices: int) -> int:
+    """Images a batch: `batch_size`, or what covers the smallest of some data sets, if that is less.
+
+    At least 32, so that devices have something to do, and a multiple of their number.
+    """
+    smallest = max(32, min(lengths, default=batch_size))
+    return min(batch_size, -(-smallest // devices) * devices)
+
+
 class FeatureExtractor:
     """Runs `extract(params, batch)` over whole sources; compiled once.
 
     Args:
       extract: pure; see `steps.feature_step`.
       config: of the run (views, evaluate, data, parallel).
+      sources: whose images it will be asked for; small ones get small batches, so that little of
+        a batch is padding.
     """
 
-    def __init__(self, extract: Callable[[Any, dict], Any], config: ConfigDict):
+    def __init__(
+        self, extract: Callable[[Any, dict], Any], config: ConfigDict, sources: Sequence[Any] = ()
+    ):
         self._config = config
+        self.batch_size = fitting_batch_size(
+            config.evaluate.batch_size, [len(source) for source in sources], jax.device_count()
+        )
         step = functools.partial(steps.feature_step, extract=extract)
         self._step = parallel.lift(step, config.parallel)
 
@@ -65,7 +81,7 @@ class FeatureExtractor:
         config = self._config
         host_batches = eval_batches(
             source,
-            batch_size=config.evaluate.batch_size,
+            batch_size=self.batch_size,
             canvas_size=config.data.canvas_size,
             num_threads=config.data.num_threads,
             first_batch=first_batch,

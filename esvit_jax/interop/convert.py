@@ -5,7 +5,6 @@ or one of the two networks alone), and the supervised Swin of Microsoft and of t
 classifier is left behind. Everything else in the file is used exactly once, or nothing is written.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from jaxtyping import Float
 from esvit_jax import checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
-from esvit_jax.interop.infer import check_fit, in_words, infer_config
-from esvit_jax.interop.torch_checkpoint import (
+from esvit_jax.interop.files import (
     Found,
     params_from_state_dict,
     read_tensors,
     sort_out,
 )
+from esvit_jax.interop.infer import check_fit, in_words, infer_config
 from esvit_jax.models import create_model
 from esvit_jax.state import zero_centers
 
@@ -149,32 +148,3 @@ def _report(found: Found, config: ConfigDict, network: str) -> list[str]:
     if found.left:
         lines.append("left behind: " + ", ".join(found.left))
     return lines
-
-
-def main(argv: list[str]) -> None:
-    """`esvit convert`."""
-    parser = argparse.ArgumentParser(prog="esvit convert", description=__doc__)
-    parser.add_argument(
-        "--from", dest="source", required=True, metavar="FILE", help=".pth or .safetensors"
-    )
-    parser.add_argument("--to", required=True, metavar="DIR", help="the directory to make")
-    parser.add_argument(
-        "--key", choices=("teacher", "student"), default="teacher",
-        help="which network evaluation, exports and config.init_from use (default: teacher)",
-    )  # fmt: skip
-    parser.add_argument("--window", type=int, help="resize the bias tables to this window")
-    parser.add_argument(
-        "--image_size", type=int, help="pixels it was trained with, where shapes do not tell"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.window is not None and arguments.window < 1:
-        raise UserError(f"--window={arguments.window}: it must be at least 1")
-    for line in convert(
-        arguments.source,
-        arguments.to,
-        key=arguments.key,
-        window_size=arguments.window,
-        image_size=arguments.image_size,
-    ):
-        print(line)
-    print(f"written: {arguments.to}")

@@ -4,7 +4,6 @@ Whatever is written is read again, its features of fixed images are compared wit
 and only then does the folder get its name.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,21 @@ import jax
 
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
-from esvit_jax.interop import huggingface, published, stablehlo, timm_names
-from esvit_jax.interop.exportable import (
+from esvit_jax.interop.formats import esvit, huggingface, stablehlo, timm
+from esvit_jax.interop.formats.base import (
     Exportable,
     check_images,
     load_exportable,
     relative_error,
 )
 from esvit_jax.interop.infer import in_words
-from esvit_jax.metrics import read_metrics
+from esvit_jax.runlog.writer import read_metrics
 
 # Each has check, write, readings and usage.
 FORMATS = {
     "huggingface": huggingface,
-    "timm": timm_names,
-    "esvit": published,
+    "timm": timm,
+    "esvit": esvit,
     "stablehlo": stablehlo,
 }
 
@@ -188,26 +187,3 @@ def knn_in_words(source: Exportable, workdir: Path) -> str:
             accuracies = ", ".join(f"{x:.2f} % (k={n.split('/')[-1]})" for n, x in top1.items())
             return f"top-1 {accuracies} on {data.name} {data.test_split}, step {line['step']}"
     return "not known"
-
-
-def main(argv: list[str]) -> None:
-    """`esvit export`."""
-    parser = argparse.ArgumentParser(prog="esvit export", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a run or a converted checkpoint")
-    parser.add_argument("--to", required=True, metavar="DIR", help="the folder to make")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what reads it")
-    parser.add_argument(
-        "--key", choices=("teacher", "student"), help="whose weights (default: as in evaluation)"
-    )
-    parser.add_argument(
-        "--image_size", type=int, help="pixels along a side of its images (default: as evaluated)"
-    )
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    arguments = parser.parse_args(argv)
-    errors = export(
-        arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
-        image_size=arguments.image_size, step=arguments.step,
-    )  # fmt: skip
-    for reader, error in errors.items():
-        print(f"features computed by {reader} differ by {error:.1e}")
-    print(f"written: {arguments.to}")

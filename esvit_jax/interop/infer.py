@@ -9,8 +9,8 @@ import numpy as np
 
 from esvit_jax.config import ConfigDict, check, default_config
 from esvit_jax.errors import UserError
-from esvit_jax.interop.torch_checkpoint import BUFFERS, Found, Tensors, state_dict_from_params
-from esvit_jax.models import BACKBONES, EsViT, create_backbone
+from esvit_jax.interop.files import BUFFERS, Found, Tensors, state_dict_from_params
+from esvit_jax.models import PRESETS, EsViT, Swin
 from esvit_jax.state import init_params, zero_centers
 
 TABLE = "attn.relative_position_bias_table"
@@ -49,7 +49,7 @@ def infer_backbone(tensors: Tensors, image_size: int | None) -> tuple[dict[str, 
     }
 
     def fits(size: int | None) -> bool:
-        swin = create_backbone("swin_tiny", **fields, image_size=size or 0)
+        swin = Swin(**fields, image_size=size or 0)
         return [swin.stage_window(i)[0] for i in range(len(windows))] == windows
 
     smallest = fields["patch_size"] * 2 ** (len(windows) - 1) * windows[-1]
@@ -67,7 +67,7 @@ def infer_backbone(tensors: Tensors, image_size: int | None) -> tuple[dict[str, 
             + (f"--image_size={image_size}" if image_size else "any image size")
         )
     name = "swin_tiny"
-    for known, preset in BACKBONES.items():
+    for known, (_, preset) in PRESETS.items():
         shared = {"embed_dim", "depths", "num_heads"} & preset.keys()
         if all(fields[k] == preset[k] for k in shared):
             name = known

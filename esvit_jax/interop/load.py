@@ -14,9 +14,9 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import evaluation_images
-from esvit_jax.interop import huggingface
+from esvit_jax.interop.files import params_from_state_dict, read_tensors, sort_out
+from esvit_jax.interop.formats import huggingface
 from esvit_jax.interop.infer import check_fit
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, read_tensors, sort_out
 from esvit_jax.models import create_model
 
 Preprocess = Callable[[Sequence[Any]], jax.Array]
@@ -27,7 +27,7 @@ def load(path: str | os.PathLike) -> tuple[Any, dict[str, Any], Preprocess]:
 
         backbone, variables, preprocess = esvit_jax.load("runs/my_run")
         out = backbone.apply(variables, preprocess(["cat.jpg", "dog.jpg"]))
-        out.view, out.regions  # f32[2, d], f32[2, h, w, d]
+        out.view_features, out.region_features  # f32[2, d], f32[2, h, w, d]
 
     Args:
       path: a workdir (its newest checkpoint), a directory of `esvit convert`, or of

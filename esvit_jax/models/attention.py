@@ -55,7 +55,7 @@ def partition(
     return rearrange(maps, "b (y h) (x w) d -> (b y x h w) d", h=window_size, w=window_size)
 
 
-def merge(
+def unpartition(
     windows: Float[Array, "b m heads n d"],
     shape: tuple[Size, int, int],
     window_size: int,
@@ -73,13 +73,18 @@ def merge(
     return rearrange(maps, "b h w d -> (b h w) d")
 
 
-def places(height: int, width: int, window_size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the tokens of a map that fits one window lie in it, row-major, and its padding."""
-    place = np.arange(window_size**2).reshape(window_size, window_size)
-    place = np.roll(place, (shift, shift), axis=(0, 1))
-    inside = np.zeros(place.shape, bool)
+def window_positions(
+    height: int, width: int, window_size: int, shift: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the window of the tokens of a map that fits one, row-major; and of its padding.
+
+    A position counts the window's cells row by row; it is the row and column of the window's bias.
+    """
+    position = np.arange(window_size**2).reshape(window_size, window_size)
+    position = np.roll(position, (shift, shift), axis=(0, 1))
+    inside = np.zeros(position.shape, bool)
     inside[:height, :width] = True
-    return place[inside], place[~inside]
+    return position[inside], position[~inside]
 
 
 def split_heads(
@@ -133,7 +138,7 @@ def window_attention(
     """softmax(query key' + bias) value, in each head of each of the m windows of b maps.
 
     The batch axes come first and stay apart: elsewhere they cost CPUs a slow product, and merged
-    into one they cost TPUs bytes (CHANGELOG, "Bytes").
+    into one they cost TPUs bytes (docs/notes/bytes.md).
 
     Args:
       query: scaled already.
@@ -179,16 +184,17 @@ class WindowAttention(nn.Module):
     shift: int
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
+    return_weights: bool = False
 
     @nn.compact
     def __call__(
-        self, rows: Float[Array, "bhw d"], shape: tuple[Size, int, int], attention: bool
+        self, rows: Float[Array, "bhw d"], shape: tuple[Size, int, int]
     ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
         """Attends within each window of the maps of shape (b, h, w), padded and shifted.
 
         Padding is not masked: a padded token takes part, with the query, key and value of zeros.
 
-        Returns the tokens and, if `attention`, the weights (softmax over the last axis).
+        Returns the tokens and, if `return_weights`, the weights (softmax over the last axis).
         """
         _, height, width = shape
         size, shift, heads, dim = self.window_size, self.shift, self.num_heads, rows.shape[-1]
@@ -206,9 +212,9 @@ class WindowAttention(nn.Module):
         project = Linear(3 * dim, dtype=self.dtype, name="qkv")
 
         # A map within one window stays as it is, and its padding becomes one key.
-        one_window = m == 1 and not attention
+        one_window = m == 1 and not self.return_weights
         if one_window:
-            tokens, padding = places(height, width, size, shift)
+            tokens, padding = window_positions(height, width, size, shift)
             query, key, value = split_heads(project(rows), 1, len(tokens), heads)
             bias = bias[..., tokens, :]
             bias, padding_bias = bias[..., tokens], bias[..., padding]
@@ -223,9 +229,9 @@ class WindowAttention(nn.Module):
         if one_window:
             out = rearrange(out, "b m heads n d -> (b m n) (heads d)")
         else:
-            out = merge(out, shape, size, shift)
+            out = unpartition(out, shape, size, shift)
         out = Linear(dim, dtype=self.dtype, name="proj")(out)
-        if not attention:
+        if not self.return_weights:
             return out, None
         logits = attention_logits(query, key, bias, self.logits_dtype)
         return out, nn.softmax(logits.astype(jnp.float32), axis=-1)

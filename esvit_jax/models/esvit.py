@@ -10,7 +10,22 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.heads import ProjectionHead
+
+
+@struct.dataclass
+class HeadOutput:
+    """Of one projection head over stacks of views.
+
+    Attributes:
+      vectors: one f32[v, b, bottleneck] a stack (view head) or f32[v, b, n, bottleneck] (region
+        head), of length 1.
+      prototypes: f32[k, bottleneck], what the vectors are compared with.
+    """
+
+    vectors: tuple[Any, ...]
+    prototypes: Any
 
 
 @struct.dataclass
@@ -18,19 +33,14 @@ class EsViTOutput:
     """Of one network over stacks of views; the tuples have one entry a stack (a view size).
 
     Attributes:
-      view: f32[v, b, bottleneck], view-head vectors of length 1.
-      region: f32[v, b, n, bottleneck], region-head vectors of length 1; () without region head.
-      features: f32[v, b, n, d], the backbone's region features.
-      pooled: f32[v, b, d], the backbone's view features.
-      view_prototypes, region_prototypes: f32[k, bottleneck]; the latter None without region head.
+      heads: "view" and, if there is one, "region".
+      view_features: f32[v, b, d], the backbone's.
+      region_features: f32[v, b, n, d], the backbone's, row by row of the map.
     """
 
-    view: tuple[Any, ...]
-    region: tuple[Any, ...]
-    features: tuple[Any, ...]
-    pooled: tuple[Any, ...]
-    view_prototypes: Any
-    region_prototypes: Any
+    heads: dict[str, HeadOutput]
+    view_features: tuple[Any, ...]
+    region_features: tuple[Any, ...]
 
 
 class EsViT(nn.Module):
@@ -42,7 +52,7 @@ class EsViT(nn.Module):
       The others: see `ProjectionHead`.
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     num_prototypes: int
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
@@ -66,20 +76,28 @@ class EsViT(nn.Module):
         self, stacks: Sequence[Float[Array, "_ b _ _ 3"]], train: bool = False
     ) -> EsViTOutput:
         """One forward of the backbone for each stack of views f32[v, b, h, w, 3]."""
-        view, region, features, pooled = [], [], [], []
+        view_features, region_features = [], []
         for images in stacks:
             v = images.shape[0]
             out = self.backbone(rearrange(images, "v b h w c -> (v b) h w c"), train)
-            pooled.append(rearrange(out.view, "(v b) d -> v b d", v=v))
-            features.append(rearrange(out.regions, "(v b) h w d -> v b (h w) d", v=v))
-            view.append(self.view_head(pooled[-1]))
-            if self.region:
-                region.append(self.region_head(features[-1]))
-        return EsViTOutput(
-            view=tuple(view),
-            region=tuple(region),
-            features=tuple(features),
-            pooled=tuple(pooled),
-            view_prototypes=self.view_head.prototypes(),
-            region_prototypes=self.region_head.prototypes() if self.region else None,
-        )
+            view_features.append(rearrange(out.view_features, "(v b) d -> v b d", v=v))
+            region_features.append(
+                rearrange(out.region_features, "(v b) h w d -> v b (h w) d", v=v)
+            )
+        heads = {"view": self._head_output(self.view_head, view_features)}
+        if self.region:
+            heads["region"] = self._head_output(self.region_head, region_features)
+        return EsViTOutput(heads, tuple(view_features), tuple(region_features))
+
+    def forward(
+        self, params: Any, stacks: Sequence[Array], *, drop_key: Array | None = None
+    ) -> EsViTOutput:
+        """`apply` by params alone; with a key for drop path it is a student's, in training."""
+        variables, train = {"params": params}, drop_key is not None
+        rngs = None if drop_key is None else {"drop_path": drop_key}
+        out = self.apply(variables, stacks, train, rngs=rngs)
+        assert isinstance(out, EsViTOutput)
+        return out
+
+    def _head_output(self, head: ProjectionHead, features: Sequence[Array]) -> HeadOutput:
+        return HeadOutput(tuple(head(x) for x in features), head.prototypes())

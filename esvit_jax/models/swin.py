@@ -4,19 +4,19 @@ Maps are [b, h, w, d] throughout, so that inputs need not be square. Windows and
 by `image_size`, also when a smaller view passes: a 96-px view uses the windows of a 224-px one.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from esvit_jax.errors import UserError
 from esvit_jax.models.attention import WindowAttention
+from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo, check_outputs
 from esvit_jax.models.layers import (
     DropPath,
     LayerNorm,
@@ -32,24 +32,6 @@ REMAT_POLICIES = {
 }
 
 
-@struct.dataclass
-class BackboneOutput:
-    """What a backbone returns for a batch of images.
-
-    Attributes:
-      view: f32[b, d], the mean of the regions.
-      regions: f32[b, h, w, d], the last map after the final norm.
-      pooled: one f32[b, d_l] a block, the mean of its map (last stage: after the final norm).
-      attention: one f32[b, windows, heads, n, n] a block (softmax over the last axis, windows in
-        row-major order of the padded and shifted map), or () unless asked for.
-    """
-
-    view: Any
-    regions: Any
-    pooled: tuple[Any, ...]
-    attention: tuple[Any, ...]
-
-
 class SwinBlock(nn.Module):
     """x + drop_path(attn(norm1(x))), then x + drop_path(mlp(norm2(x)))."""
 
@@ -60,29 +42,27 @@ class SwinBlock(nn.Module):
     drop_path_rate: float
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
+    return_weights: bool = False
 
     @nn.compact
     def __call__(
-        self,
-        rows: Float[Array, "bhw d"],
-        shape: tuple[Size, int, int],
-        train: bool,
-        attention: bool,
+        self, rows: Float[Array, "bhw d"], shape: tuple[Size, int, int], train: bool
     ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
         """`rows` are all tokens of the maps, whose `shape` is (b, h, w), in row-major order.
 
         A TPU keeps rows without gaps; of maps it would pad each line to a multiple of 8 or 16
-        tokens, and move that too (CHANGELOG, "Bytes").
+        tokens, and move that too (docs/notes/bytes.md).
         """
         y = LayerNorm(dtype=self.dtype, name="norm1")(rows)
         y, weights = WindowAttention(
-            self.num_heads,
-            self.window_size,
-            self.shift,
-            self.dtype,
-            self.logits_dtype,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            shift=self.shift,
+            dtype=self.dtype,
+            logits_dtype=self.logits_dtype,
+            return_weights=self.return_weights,
             name="attn",
-        )(y, shape, attention)
+        )(y, shape)
         rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, shape[0], train)
         y = LayerNorm(dtype=self.dtype, name="norm2")(rows)
         y = Mlp(int(rows.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
@@ -144,30 +124,32 @@ class Stage(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
+    return_weights: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w d"], train: bool, attention: bool
+        self, x: Float[Array, "b h w d"], train: bool
     ) -> tuple[Float[Array, "b h2 w2 d2"], list, list]:
         """Returns the map for the next stage, and each block's map and attention weights."""
         block_class = SwinBlock
         if self.remat != "none":
             block_class = nn.remat(
-                SwinBlock, static_argnums=(2, 3, 4), policy=REMAT_POLICIES[self.remat]
+                SwinBlock, static_argnums=(2, 3), policy=REMAT_POLICIES[self.remat]
             )
         images, height, width, dim = x.shape
         rows, maps, weights = x.reshape(-1, dim), [], []
         for j in range(self.depth):
             rows, block_weights = block_class(
-                self.num_heads,
-                self.window_size,
-                self.shift if j % 2 else 0,
-                self.mlp_ratio,
-                self.drop_path_rates[j],
-                self.dtype,
-                self.logits_dtype,
+                num_heads=self.num_heads,
+                window_size=self.window_size,
+                shift=self.shift if j % 2 else 0,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rate=self.drop_path_rates[j],
+                dtype=self.dtype,
+                logits_dtype=self.logits_dtype,
+                return_weights=self.return_weights,
                 name=f"blocks_{j}",
-            )(rows, (images, height, width), train, attention)
+            )(rows, (images, height, width), train)
             maps.append(rows.reshape(x.shape))
             weights.append(block_weights)
         x = maps[-1]
@@ -176,7 +158,7 @@ class Stage(nn.Module):
         return x, maps, weights
 
 
-class Swin(nn.Module):
+class Swin(Backbone):
     """A Swin backbone: images f32[b, h, w, 3] (any h, w) -> BackboneOutput.
 
     Attributes:
@@ -213,43 +195,76 @@ class Swin(nn.Module):
         return self.window_size, self.window_size // 2
 
     @property
-    def num_features(self) -> int:
-        """Features of a view or region."""
-        return self.embed_dim * 2 ** (len(self.depths) - 1)
+    def stages(self) -> tuple[StageInfo, ...]:
+        return tuple(
+            StageInfo(self.patch_size * 2**i, self.embed_dim * 2**i)
+            for i in range(len(self.depths))
+        )
+
+    def validate(self) -> None:
+        if len(self.depths) != len(self.num_heads):
+            raise UserError(
+                f"one number is needed for each of the {len(self.depths)} stages of depths = "
+                f"{tuple(self.depths)}",
+                argument="num_heads", value=tuple(self.num_heads),
+            )  # fmt: skip
+        for stage, heads in zip(self.stages, self.num_heads, strict=True):
+            if stage.num_features % heads:
+                raise UserError(
+                    f"{heads} does not divide its stage's {stage.num_features} features "
+                    f"(embed_dim = {self.embed_dim})",
+                    argument="num_heads", value=tuple(self.num_heads),
+                )  # fmt: skip
+        smallest = self.stages[-1].stride
+        if self.image_size < smallest:
+            raise UserError(
+                f"{len(self.depths)} stages of patches of {self.patch_size} need at least "
+                f"{smallest}",
+                argument="image_size", value=self.image_size,
+            )  # fmt: skip
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w c"], train: bool = False, attention: bool = False
+        self,
+        images: Float[Array, "b h w 3"],
+        train: bool = False,
+        *,
+        outputs: Collection[str] = (),
     ) -> BackboneOutput:
+        check_outputs(outputs)
         rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
         x = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, name="patch_embed")(images)
-        maps, weights = [], []
+        stage_maps, block_maps, weights = [], [], []
         for i, depth in enumerate(self.depths):
-            first, last_stage = sum(self.depths[:i]), i == len(self.depths) - 1
             window_size, shift = self.stage_window(i)
-            x, stage_maps, stage_weights = Stage(
-                depth,
-                self.num_heads[i],
-                window_size,
-                shift,
-                self.mlp_ratio,
-                rates[first : first + depth],
-                not last_stage,
-                self.remat,
-                self.dtype,
-                jnp.dtype(self.attention_dtype),
+            x, maps, stage_weights = Stage(
+                depth=depth,
+                num_heads=self.num_heads[i],
+                window_size=window_size,
+                shift=shift,
+                mlp_ratio=self.mlp_ratio,
+                drop_path_rates=rates[len(block_maps) : len(block_maps) + depth],
+                downsample=i < len(self.depths) - 1,
+                remat=self.remat,
+                dtype=self.dtype,
+                logits_dtype=jnp.dtype(self.attention_dtype),
+                return_weights="attention" in outputs,
                 name=f"layers_{i}",
-            )(x, train, attention)
-            maps += stage_maps
+            )(x, train)
+            stage_maps.append(maps[-1])
+            block_maps += maps
             weights += stage_weights
 
         norm = LayerNorm(name="norm")  # float32: the losses compare what it returns
-        last = len(maps) - self.depths[-1]
-        maps = maps[:last] + [norm(x) for x in maps[last:]]
-        pooled = tuple(jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in maps)
+        last = sum(self.depths[:-1])
+        block_maps = block_maps[:last] + [norm(x) for x in block_maps[last:]]
+        stage_maps[-1] = block_maps[-1]
+        stage_maps = [x.astype(jnp.float32) for x in stage_maps]
+        block_means = tuple(jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in block_maps)
         return BackboneOutput(
-            view=pooled[-1],
-            regions=maps[-1],
-            pooled=pooled,
-            attention=tuple(weights) if attention else (),
+            view_features=block_means[-1],
+            region_features=stage_maps[-1],
+            stage_maps=tuple(stage_maps),
+            block_means=block_means,
+            attention=tuple(weights) if "attention" in outputs else (),
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:
     # The real one types a field as a union of all that fields can hold, of which a checker can
@@ -326,26 +326,8 @@ def check(config: ConfigDict) -> None:
 def _check_backbone(config: ConfigDict) -> None:
     from esvit_jax.models import create_backbone
 
-    fields = {name: value for name, value in config.backbone.items() if value is not None}
-    backbone = create_backbone(**fields)
-    if len(backbone.depths) != len(backbone.num_heads):
-        raise UserError(
-            f"config.backbone.num_heads = {backbone.num_heads} needs one number for each stage of "
-            f"config.backbone.depths = {backbone.depths}"
-        )
-    for i, heads in enumerate(backbone.num_heads):
-        dim = backbone.embed_dim * 2**i
-        if dim % heads:
-            raise UserError(
-                f"config.backbone.num_heads[{i}] = {heads} does not divide the stage's {dim} "
-                f"features (config.backbone.embed_dim = {backbone.embed_dim})"
-            )
-    smallest = backbone.patch_size * 2 ** (len(backbone.depths) - 1)
-    if backbone.image_size < smallest:
-        raise UserError(
-            f"config.backbone.image_size = {backbone.image_size}: {len(backbone.depths)} stages of "
-            f"patches of {backbone.patch_size} need at least {smallest}"
-        )
+    with renamed(**{name: f"config.backbone.{name}" for name in config.backbone}):
+        create_backbone(**config.backbone)
 
 
 def _get(config: ConfigDict, field: str) -> Any:

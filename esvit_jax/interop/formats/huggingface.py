@@ -28,7 +28,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.exportable import (
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.formats.base import (
     LIBRARY_BOUND,
     OWN_BOUND,
     Exportable,
@@ -39,7 +40,6 @@ from esvit_jax.interop.exportable import (
     refuse_size,
     write_tensors,
 )
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import Swin
 
 CONFIG_FILE = "esvit_config.json"  # ours; config.json is that of transformers

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from esvit_jax.interop.exportable import (
+from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.formats.base import (
     LIBRARY_BOUND,
     OWN_BOUND,
     Exportable,
@@ -22,7 +23,6 @@ from esvit_jax.interop.exportable import (
     refuse_size,
     write_tensors,
 )
-from esvit_jax.interop.torch_checkpoint import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import Swin
 
 USAGE = """\

@@ -18,7 +18,7 @@ from esvit_jax.bench.losses import bench_losses
 from esvit_jax.bench.step import bench_split, bench_step, workload
 from esvit_jax.config import parse_config
 from esvit_jax.errors import UserError
-from esvit_jax.plan import IMAGENET_IMAGES
+from esvit_jax.planning.search import IMAGENET_IMAGES
 
 PARTS = ("step", "split", "losses", "input")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-headless")

@@ -12,19 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from esvit_jax.interop.exportable import (
-    OWN_BOUND,
-    Exportable,
-    Reading,
-    position_indices,
-    write_tensors,
-)
-from esvit_jax.interop.torch_checkpoint import (
+from esvit_jax.interop.files import (
     CENTERS,
     params_from_state_dict,
     read_tensors,
     sort_out,
     state_dict_from_params,
+)
+from esvit_jax.interop.formats.base import (
+    OWN_BOUND,
+    Exportable,
+    Reading,
+    position_indices,
+    write_tensors,
 )
 
 FILE = "checkpoint.safetensors"  # {"teacher": {name: x}} is "teacher.name" there
@@ -37,7 +37,7 @@ front of their names. `esvit convert` reads both, and
 
 ```python
 backbone, variables, preprocess = esvit_jax.load("FOLDER")
-features = backbone.apply(variables, preprocess(images)).view  # [b, d]
+features = backbone.apply(variables, preprocess(images)).view_features  # [b, d]
 ```"""
 
 

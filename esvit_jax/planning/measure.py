@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from esvit_jax import hlo, parallel
-from esvit_jax.accelerators import CHIPS
+from esvit_jax import parallel
 from esvit_jax.config import ConfigDict, resolve
 from esvit_jax.errors import UserError
+from esvit_jax.planning import traffic
+from esvit_jax.planning.chips import CHIPS
+from esvit_jax.recipe import build
 from esvit_jax.state import create_state, init_params
 from esvit_jax.steps import AXIS
-from esvit_jax.train import build
 
 
 def check_topology(topology: str) -> None:
@@ -122,9 +123,11 @@ def measure(
     if batch_per_chip is not None:
         config.batch_size = batch_per_chip * chips
     numbers = resolve(config, num_images=num_images, num_devices=len(devices))
-    model, optimizer, step, _ = build(config, numbers)
+    recipe = build(config, numbers)
+    step = recipe.step
     state = jax.eval_shape(
-        lambda key: create_state(model, optimizer, init_params(model, key)), jax.random.key(0)
+        lambda key: create_state(recipe.model, recipe.optimizer, init_params(recipe.model, key)),
+        jax.random.key(0),
     )
     batch = batch_shapes(config, len(devices), numbers.images_per_device)
     lifted: Any = parallel.lift(step, config.parallel, donate=True, devices=devices)
@@ -187,7 +190,7 @@ def compile_program(lowered: Any, options: dict[str, Any]) -> dict[str, Any]:
     }
     return sizes | {
         "peak_bytes": sum(sizes.values()) + new_results + memory.generated_code_size_in_bytes,
-        "bytes_accessed": hlo.bytes_accessed(compiled.as_text()),
+        "bytes_accessed": traffic.bytes_accessed(compiled.as_text()),
     }
 
 

@@ -91,7 +91,7 @@ def load_exportable(
 
     @jax.jit
     def features(params, images):
-        return backbone.apply({"params": params}, images).view
+        return backbone.forward(params, images).view_features
 
     return Exportable(loaded, chosen, backbone, params, size, features)
 

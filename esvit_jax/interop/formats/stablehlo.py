@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esvit_jax.interop.exportable import LIBRARY_BOUND, Exportable, Reading
+from esvit_jax.interop.formats.base import LIBRARY_BOUND, Exportable, Reading
 
 FILE = "features.jax_export"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,7 +46,7 @@ def write(source: Exportable, folder: Path) -> None:
 
     @jax.jit
     def features(images):
-        return backbone.apply({"params": params}, images).view
+        return backbone.forward(params, images).view_features
 
     (b,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, size, size, 3), jnp.float32)

@@ -1,0 +1,36 @@
+"""`esvit convert`: turn a published checkpoint into one of ours."""
+
+import argparse
+
+from esvit_jax.errors import UserError
+from esvit_jax.interop import convert as convert_module
+from esvit_jax.interop.convert import convert
+
+
+def main(argv: list[str]) -> None:
+    """`esvit convert`."""
+    parser = argparse.ArgumentParser(prog="esvit convert", description=convert_module.__doc__)
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="FILE", help=".pth or .safetensors"
+    )
+    parser.add_argument("--to", required=True, metavar="DIR", help="the directory to make")
+    parser.add_argument(
+        "--key", choices=("teacher", "student"), default="teacher",
+        help="which network evaluation, exports and config.init_from use (default: teacher)",
+    )  # fmt: skip
+    parser.add_argument("--window", type=int, help="resize the bias tables to this window")
+    parser.add_argument(
+        "--image_size", type=int, help="pixels it was trained with, where shapes do not tell"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.window is not None and arguments.window < 1:
+        raise UserError(f"--window={arguments.window}: it must be at least 1")
+    for line in convert(
+        arguments.source,
+        arguments.to,
+        key=arguments.key,
+        window_size=arguments.window,
+        image_size=arguments.image_size,
+    ):
+        print(line)
+    print(f"written: {arguments.to}")

@@ -1,0 +1,76 @@
+"""What an evaluation measured: one type, from which lines, tables, JSON and figures are made."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Whose features were evaluated. The teacher's are what one gets without asking; the names of all
+# others stand before the evaluation's in a line of metrics.
+TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
+SUBJECTS = (TEACHER, RAW_PIXELS)
+# Units of quantities, by the first part of their names; what is not here has none.
+UNITS = {"top1": "%", "top5": "%"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Numbers of one evaluation of one subject.
+
+    Attributes:
+      evaluation: its name, such as "knn".
+      values: {"top1/10": 68.5, …}; the part before the first slash is the quantity, whose unit
+        `unit` knows.
+      subject: one of `SUBJECTS`.
+      step: training steps behind the subject; None where it was not trained.
+    """
+
+    evaluation: str
+    values: Mapping[str, float]
+    subject: str = TEACHER
+    step: int | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Names and numbers as in a line of metrics: {"knn/top1/10": 68.5, …}."""
+        prefix = "" if self.subject == TEACHER else f"{self.subject}/"
+        return {f"{prefix}{self.evaluation}/{name}": x for name, x in self.values.items()}
+
+    def quantity(self, name: str) -> dict[str, float]:
+        """The values of one quantity by what follows it: {"10": 68.5, "20": 67.7, …}."""
+        prefix = f"{name}/"
+        return {k.removeprefix(prefix): x for k, x in self.values.items() if k.startswith(prefix)}
+
+    def json(self) -> dict[str, Any]:
+        """All of it, with units, as JSON holds it."""
+        values = {name: {"value": x, "unit": unit(name)} for name, x in self.values.items()}
+        return dataclasses.asdict(self) | {"values": values}
+
+    def __str__(self) -> str:
+        """The values with their units, on one line."""
+        return ", ".join(f"{name} {x:.1f} {unit(name)}".rstrip() for name, x in self.values.items())
+
+
+def unit(name: str) -> str:
+    """The unit of a value by its name, "" for a mere number."""
+    return UNITS.get(name.split("/")[0], "")
+
+
+def results_of_line(line: Mapping[str, Any]) -> list[Result]:
+    """The results whose `scalars` are among those of a line of metrics, in order.
+
+    Scalars of training have no slash in their names, those of evaluations have.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for name, value in line.items():
+        parts = name.split("/")
+        subject = parts.pop(0) if parts[0] in SUBJECTS else TEACHER
+        if len(parts) > 1 and value is not None:
+            found.setdefault((subject, parts[0]), {})["/".join(parts[1:])] = value
+    return [
+        Result(evaluation, values, subject, line["step"] if subject == TEACHER else None)
+        for (subject, evaluation), values in found.items()
+    ]
+
+
+def results_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Those of all lines, in order."""
+    return [result for line in lines for result in results_of_line(line)]

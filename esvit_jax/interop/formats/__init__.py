@@ -1,0 +1,1 @@
+"""What backbones are exported to: one file a format."""

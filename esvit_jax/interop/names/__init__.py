@@ -1,0 +1,1 @@
+"""Names of tensors in files: one file a family of backbones."""

@@ -1,0 +1,118 @@
+"""What every backbone is: a Flax module from images of any size to the same named outputs."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float
+
+from esvit_jax.errors import UserError
+
+# What a backbone computes only where it is asked for it by name.
+ON_REQUEST = ("attention",)
+
+
+class StageInfo(NamedTuple):
+    """What the map of one stage is like.
+
+    Attributes:
+      stride: pixels of the image along a side of one cell of the map.
+      num_features: of a cell.
+    """
+
+    stride: int
+    num_features: int
+
+
+@struct.dataclass
+class BackboneOutput:
+    """What a backbone returns for a batch of images, all float32.
+
+    Attributes:
+      view_features: [b, d], one vector an image.
+      region_features: [b, h, w, d], the last map, normalised.
+      stage_maps: one [b, h_i, w_i, d_i] a stage, finest first, as `Backbone.stages` says; the last
+        one is `region_features`. For an image of H x W pixels h_i is H / stride, rounded up.
+      block_means: one [b, d_l] a block, the mean of its map (in the last stage after the norm).
+      attention: one [b, windows, heads, n, n] a block (softmax over the last axis, windows in
+        row-major order of the padded and shifted map), or () unless "attention" was asked for.
+    """
+
+    # Jax rebuilds it with shapes, shardings or None in place of arrays.
+    view_features: Any
+    region_features: Any
+    stage_maps: tuple[Any, ...]
+    block_means: tuple[Any, ...]
+    attention: tuple[Any, ...]
+
+
+class Backbone(nn.Module):
+    """The protocol of all backbones; `presets.PRESETS` names them.
+
+    A subclass has as fields what its presets set and, for `models.create_model`, `dtype` (of matrix
+    products) and `remat` (what the backward pass computes again).
+    """
+
+    @property
+    def num_features(self) -> int:
+        """Features of a view and of a region, d."""
+        return self.stages[-1].num_features
+
+    @property
+    def stages(self) -> tuple[StageInfo, ...]:
+        """The maps of `BackboneOutput.stage_maps`."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Refuses fields that do not fit each other.
+
+        Raises:
+          UserError: names the field.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        train: bool = False,
+        *,
+        outputs: Collection[str] = (),
+    ) -> BackboneOutput:
+        """Images of any size to features.
+
+        Args:
+          images: normalised.
+          train: draw drop path (from the key "drop_path").
+          outputs: of `ON_REQUEST`, what is wanted beside what is always returned.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        params: Any,
+        images: Float[Array, "b h w 3"],
+        *,
+        drop_key: Array | None = None,
+        outputs: Collection[str] = (),
+    ) -> BackboneOutput:
+        """`apply` by params alone; with a key for drop path it is a student's, in training."""
+        variables, train = {"params": params}, drop_key is not None
+        rngs = None if drop_key is None else {"drop_path": drop_key}
+        out = self.apply(variables, images, train, outputs=outputs, rngs=rngs)
+        assert isinstance(out, BackboneOutput)
+        return out
+
+
+def check_outputs(outputs: Collection[str]) -> None:
+    """Refuses what no backbone returns.
+
+    Raises:
+      UserError: names it.
+    """
+    for name in outputs:
+        if name not in ON_REQUEST:
+            raise UserError(
+                f"{name!r} is unknown; known are {', '.join(ON_REQUEST)}",
+                argument="outputs", value=tuple(outputs),
+            )  # fmt: skip

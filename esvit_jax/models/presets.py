@@ -1,0 +1,65 @@
+"""Backbones by name, and the network that a config describes."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from esvit_jax.config import ConfigDict
+from esvit_jax.errors import UserError
+from esvit_jax.models.backbone import Backbone
+from esvit_jax.models.esvit import EsViT
+from esvit_jax.models.swin import Swin
+
+# A name's class and the fields that make it; drop-path rates are the published ones.
+PRESETS: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
+    "swin_tiny": (Swin, dict(
+        embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.1
+    )),
+    "swin_small": (Swin, dict(
+        embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2
+    )),
+    "swin_base": (Swin, dict(
+        embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.2
+    )),
+    "swin_large": (Swin, dict(
+        embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), drop_path_rate=0.2
+    )),
+}  # fmt: skip
+
+
+def create_backbone(name: str, **fields: Any) -> Backbone:
+    """The backbone of this name.
+
+        backbone = esvit_jax.create_backbone("swin_tiny", window_size=14)
+        variables = backbone.init(jax.random.key(0), images)
+        out = backbone.apply(variables, images)  # see `models.BackboneOutput`
+
+    Args:
+      name: one of `PRESETS`.
+      **fields: of the backbone's class, in place of its own; None keeps its own.
+
+    Raises:
+      UserError: no backbone has this name, it has no such field, or its fields do not fit each
+        other.
+    """
+    if name not in PRESETS:
+        raise UserError(f"known are {', '.join(PRESETS)}", argument="name", value=name)
+    backbone_class, preset = PRESETS[name]
+    known = [f.name for f in dataclasses.fields(backbone_class) if f.name not in ("parent", "name")]
+    given = {field: value for field, value in fields.items() if value is not None}
+    for field, value in given.items():
+        if field not in known:
+            raise UserError(
+                f"{name} has no such field; it has {', '.join(known)}", argument=field, value=value
+            )
+    backbone = backbone_class(**(preset | given))
+    backbone.validate()
+    return backbone
+
+
+def create_model(config: ConfigDict) -> EsViT:
+    """The student's (and teacher's) network of a checked config."""
+    dtype = jnp.dtype(config.dtype)
+    backbone = create_backbone(**config.backbone, dtype=dtype, remat=config.remat)
+    return EsViT(backbone, **config.head, region=config.loss.region, dtype=dtype)

@@ -1,0 +1,1 @@
+"""What a run needs on chips that are not here, by compiling its training step for them."""
