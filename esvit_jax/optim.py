@@ -21,7 +21,8 @@ def cosine_schedule(base: float, final: float, steps: int) -> Schedule:
     """final + (base - final) (1 + cos(pi step / steps)) / 2 for step = 0 .. steps - 1."""
 
     def schedule(step):
-        return final + 0.5 * (base - final) * (1.0 + jnp.cos(jnp.pi * step / steps))
+        share = jnp.pi * jnp.asarray(step, jnp.float32) / steps
+        return final + 0.5 * (base - final) * (1.0 + jnp.cos(share))
 
     return schedule
 
@@ -31,7 +32,8 @@ def warmup_cosine_schedule(peak: float, final: float, warmup_steps: int, steps: 
     cosine = cosine_schedule(peak, final, max(1, steps - warmup_steps))
 
     def schedule(step):
-        line = peak * step / max(1, warmup_steps - 1)
+        step = jnp.asarray(step)
+        line = peak * step.astype(jnp.float32) / max(1, warmup_steps - 1)
         return jnp.where(step < warmup_steps, line, cosine(step - warmup_steps))
 
     return schedule
@@ -43,8 +45,8 @@ def epoch_line_schedule(
     """A line from start to end (both included) over whole epochs, then constant."""
 
     def schedule(step):
-        epoch = step // steps_per_epoch
-        share = jnp.minimum(epoch / max(1, warmup_epochs - 1), 1.0)
+        epoch = jnp.asarray(step) // steps_per_epoch
+        share = jnp.minimum(epoch.astype(jnp.float32) / max(1, warmup_epochs - 1), 1.0)
         share = jnp.where(epoch >= warmup_epochs, 1.0, share)
         return start + (end - start) * share
 
@@ -116,8 +118,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         steps = state.steps + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        correction1 = -jnp.expm1(steps * math.log(b1))
-        correction2 = -jnp.expm1(steps * math.log(b2))
+        count = steps.astype(jnp.float32)
+        correction1 = -jnp.expm1(count * math.log(b1))
+        correction2 = -jnp.expm1(count * math.log(b2))
         directions = jax.tree.map(
             lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + eps), mu, nu
         )

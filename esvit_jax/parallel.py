@@ -1,4 +1,4 @@
-"""Devices and processes: the only file that knows of them.
+"""How what is written for one device runs on all of them, in all processes.
 
 Steps are written for one device with collectives over the axis `steps.AXIS`; `lift` runs them on
 all. Batches are numpy arrays [local devices, b, ...]; states are replicated.

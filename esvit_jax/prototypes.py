@@ -9,7 +9,7 @@ teacher's *expected prototype* e = sum_k q_k w_k, one vector a teacher row. So a
 one product of short vectors, and the K axis appears in two functions only: `log_normalizer` of
 student rows, and `expected_prototypes` of teacher rows, which is attention with the prototypes as
 keys and values. Both run over chunks of prototypes and compute their logits again in the
-backward pass; no array is larger than [rows, chunk] or [k, d].
+backward pass; no array is larger than [rows, chunk_size] or [k, d].
 """
 
 import jax
@@ -19,11 +19,11 @@ from jaxtyping import Array, Float
 
 
 def _chunks(
-    prototypes: Float[Array, "k d"], chunk: int
+    prototypes: Float[Array, "k d"], chunk_size: int
 ) -> tuple[Float[Array, "c size d"], Float[Array, "c size"]]:
     """Prototypes in equal chunks, and 0 (or -inf where padded) to add to their logits."""
     k, d = prototypes.shape
-    count = 1 if chunk == 0 else -(-k // chunk)
+    count = 1 if chunk_size == 0 else -(-k // chunk_size)
     size = -(-k // count)
     padding = count * size - k
     padded = jnp.pad(prototypes, ((0, padding), (0, 0)))
@@ -77,7 +77,7 @@ def log_normalizer(
     rows: Float[Array, "rows d"],
     prototypes: Float[Array, "k d"],
     temp: float,
-    chunk: int,
+    chunk_size: int,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """log sum_k exp(z . w_k / temp) of every row z, and the entropy of its softmax.
@@ -86,30 +86,30 @@ def log_normalizer(
       rows: f32[rows, d] student vectors z.
       prototypes: f32[k, d], w.
       temp: the student's temperature.
-      chunk: prototypes held at a time; 0 means all.
+      chunk_size: prototypes held at a time; 0 means all.
       dtype: of the factors of matrix products; sums and softmax are float32.
 
     Returns:
       The log-normalisers, and the entropies in nats (to watch; they have no gradient).
     """
-    return _log_normalizer(rows, prototypes, temp, chunk, dtype)
+    return _log_normalizer(rows, prototypes, temp, chunk_size, dtype)
 
 
-def _log_normalizer_value(rows, prototypes, temp, chunk, dtype) -> tuple[Array, Array]:
-    return _log_normalizer_forward(rows, prototypes, temp, chunk, dtype)[0]
+def _log_normalizer_value(rows, prototypes, temp, chunk_size, dtype) -> tuple[Array, Array]:
+    return _log_normalizer_forward(rows, prototypes, temp, chunk_size, dtype)[0]
 
 
-def _log_normalizer_forward(rows, prototypes, temp, chunk, dtype):
+def _log_normalizer_forward(rows, prototypes, temp, chunk_size, dtype):
     def body(carry, xs):
         return _softmax_step(carry, _logits(rows, xs, temp, dtype))[0], None
 
     start = _softmax_start(rows.shape[0])
-    (top, total, total_logit), _ = jax.lax.scan(body, start, _chunks(prototypes, chunk))
+    (top, total, total_logit), _ = jax.lax.scan(body, start, _chunks(prototypes, chunk_size))
     result = top + jnp.log(total)
     return (result, result - total_logit / total), (rows, prototypes, result)
 
 
-def _log_normalizer_backward(temp, chunk, dtype, residuals, gradients):
+def _log_normalizer_backward(temp, chunk_size, dtype, residuals, gradients):
     rows, prototypes, log_total = residuals
     gradient, _ = gradients
 
@@ -120,7 +120,7 @@ def _log_normalizer_backward(temp, chunk, dtype, residuals, gradients):
         return rows_gradient, _matmul("rk,rd->kd", weighted, rows, dtype)
 
     rows_gradient, chunk_gradients = jax.lax.scan(
-        body, jnp.zeros(rows.shape, jnp.float32), _chunks(prototypes, chunk)
+        body, jnp.zeros(rows.shape, jnp.float32), _chunks(prototypes, chunk_size)
     )
     return rows_gradient, _unchunk(chunk_gradients, prototypes.shape[0])
 
@@ -135,7 +135,7 @@ def expected_prototypes(
     student_prototypes: Float[Array, "k d"],
     center: Float[Array, " k"],
     temp: Float[Array, ""] | float,
-    chunk: int,
+    chunk_size: int,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "rows d"], Float[Array, " rows"]]:
     """e = sum_k q_k w_k with q = softmax((t . w'_k - c_k) / temp) of every teacher row t.
@@ -148,26 +148,28 @@ def expected_prototypes(
       student_prototypes: f32[k, d], w.
       center: f32[k], c.
       temp: the teacher's temperature.
-      chunk, dtype: see `log_normalizer`.
+      chunk_size, dtype: see `log_normalizer`.
 
     Returns:
       f32[rows, d] e, and the entropies of q in nats (to watch; they have no gradient).
     """
-    return _expected(rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype)
+    return _expected(rows, teacher_prototypes, student_prototypes, center, temp, chunk_size, dtype)
 
 
 def _expected_value(*arguments) -> tuple[Array, Array]:
     return _expected_forward(*arguments)[0]
 
 
-def _teacher_chunks(teacher_prototypes, center, temp, chunk):
+def _teacher_chunks(teacher_prototypes, center, temp, chunk_size):
     """Chunks of the teacher's prototypes, with the centering in the offsets."""
-    chunks, offset = _chunks(teacher_prototypes, chunk)
+    chunks, offset = _chunks(teacher_prototypes, chunk_size)
     center = jnp.pad(center, (0, offset.size - center.size)).reshape(offset.shape)
     return chunks, offset - center / temp
 
 
-def _expected_forward(rows, teacher_prototypes, student_prototypes, center, temp, chunk, dtype):
+def _expected_forward(
+    rows, teacher_prototypes, student_prototypes, center, temp, chunk_size, dtype
+):
     def body(carry, xs):
         softmax, expected = carry
         teacher_chunk, offset, student_chunk = xs
@@ -179,8 +181,8 @@ def _expected_forward(rows, teacher_prototypes, student_prototypes, center, temp
 
     start = (_softmax_start(rows.shape[0]), jnp.zeros(rows.shape, jnp.float32))
     xs = (
-        *_teacher_chunks(teacher_prototypes, center, temp, chunk),
-        _chunks(student_prototypes, chunk)[0],
+        *_teacher_chunks(teacher_prototypes, center, temp, chunk_size),
+        _chunks(student_prototypes, chunk_size)[0],
     )
     ((top, total, total_logit), expected), _ = jax.lax.scan(body, start, xs)
     log_total = top + jnp.log(total)
@@ -188,7 +190,7 @@ def _expected_forward(rows, teacher_prototypes, student_prototypes, center, temp
     return outputs, (rows, teacher_prototypes, student_prototypes, center, temp, log_total)
 
 
-def _expected_backward(chunk, dtype, residuals, gradients):
+def _expected_backward(chunk_size, dtype, residuals, gradients):
     rows, teacher_prototypes, student_prototypes, center, temp, log_total = residuals
     gradient, _ = gradients
 
@@ -197,7 +199,7 @@ def _expected_backward(chunk, dtype, residuals, gradients):
         return None, _matmul("rk,rd->kd", probs, gradient, dtype)
 
     _, chunk_gradients = jax.lax.scan(
-        body, None, _teacher_chunks(teacher_prototypes, center, temp, chunk)
+        body, None, _teacher_chunks(teacher_prototypes, center, temp, chunk_size)
     )
     student_gradient = _unchunk(chunk_gradients, student_prototypes.shape[0])
     return (

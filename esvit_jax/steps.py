@@ -175,7 +175,7 @@ def train_step(
         (state.params, state.opt_state, state.centers),
     )
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    skipped_steps = state.skipped_steps + ~finite
+    skipped_steps = state.skipped_steps + jnp.where(finite, 0, 1)
     scalars |= {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
     new_state = TrainState(state.step + 1, params, opt_state, centers, bad_steps, skipped_steps)
     return new_state, scalars, features

@@ -9,6 +9,8 @@ import tempfile
 QUICK_COMPILE = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Mixed dtypes are an error: what is promoted is promoted in words.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="jax_cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name

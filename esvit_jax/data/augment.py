@@ -108,7 +108,7 @@ def center_view(
 
     def of_one_image(canvas, size):
         resized = shorter * size // size.min()
-        first = jnp.round((resized - view_size) / 2)
+        first = jnp.round((resized - view_size).astype(jnp.float32) / 2)
         rows, columns = (
             bicubic_weights(canvas.shape[i], view_size, 0, size[i], resized[i], first[i])
             for i in range(2)
@@ -166,7 +166,8 @@ def random_crop_box(
         y, x, height, width, whole pixels.
     """
     height, width = size[0], size[1]
-    area = height * width * (scale[0] + u[:BOX_TRIES] * (scale[1] - scale[0]))
+    share = scale[0] + u[:BOX_TRIES] * (scale[1] - scale[0])
+    area = (height * width).astype(jnp.float32) * share
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(log_low + u[BOX_TRIES:-2] * (log_high - log_low))
     h = round_to_int(jnp.sqrt(area / aspect))
@@ -174,10 +175,16 @@ def random_crop_box(
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = jnp.argmax(fits)
     found = fits[first]
-    h = jnp.where(found, h[first], jnp.minimum(height, round_to_int(width / ratio[0])))
-    w = jnp.where(found, w[first], jnp.minimum(width, round_to_int(height * ratio[1])))
-    y = jnp.where(found, (u[-2] * (height - h + 1)).astype(jnp.int32), (height - h) // 2)
-    x = jnp.where(found, (u[-1] * (width - w + 1)).astype(jnp.int32), (width - w) // 2)
+    tallest = round_to_int(width.astype(jnp.float32) / ratio[0])
+    widest = round_to_int(height.astype(jnp.float32) * ratio[1])
+    h = jnp.where(found, h[first], jnp.minimum(height, tallest))
+    w = jnp.where(found, w[first], jnp.minimum(width, widest))
+
+    def place(u, room):
+        return (u * (room + 1).astype(jnp.float32)).astype(jnp.int32)
+
+    y = jnp.where(found, place(u[-2], height - h), (height - h) // 2)
+    x = jnp.where(found, place(u[-1], width - w), (width - w) // 2)
     return jnp.stack([y, x, h, w])
 
 
@@ -231,10 +238,13 @@ def bicubic_weights(
     The pixels start .. start + length - 1 of an axis of `size` are resized to `resized` pixels, of
     which those numbered first .. first + out - 1 are given.
     """
+    start, length, resized, first = (
+        jnp.asarray(x, jnp.float32) for x in (start, length, resized, first)
+    )
     scale = length / resized
     stretch = jnp.maximum(scale, 1.0)  # antialias: the kernel widens when the image shrinks
-    pixel = np.arange(size)
-    center = start + (first + np.arange(out) + 0.5) * scale
+    pixel = np.arange(size, dtype=np.float32)
+    center = start + (first + (np.arange(out, dtype=np.float32) + 0.5)) * scale
     d = jnp.abs(pixel + 0.5 - center[:, None]) / stretch
     near = ((CUBIC + 2) * d - (CUBIC + 3)) * d * d + 1
     far = ((CUBIC * d - 5 * CUBIC) * d + 8 * CUBIC) * d - 4 * CUBIC

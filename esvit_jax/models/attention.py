@@ -163,8 +163,9 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, logits_dtype: DTypeLik
 def _backward(logits_dtype: DTypeLike, kept: Any, d_out: Any) -> Any:
     query, key, value, exp, inverse_sum, out = kept
     # The mean of d_weights under the weights.
-    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_value = jnp.einsum("bmhqk,bmhqd->bmhkd", exp, (d_out * inverse_sum).astype(value.dtype))
+    d_out32 = d_out.astype(jnp.float32)
+    mean = jnp.sum(d_out32 * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_value = jnp.einsum("bmhqk,bmhqd->bmhkd", exp, (d_out32 * inverse_sum).astype(value.dtype))
     d_weights = jnp.einsum("bmhqd,bmhkd->bmhqk", d_out, value, preferred_element_type=jnp.float32)
     d_logits = exp.astype(jnp.float32) * ((d_weights - mean) * inverse_sum)
     d_logits = jax.lax.optimization_barrier(d_logits.astype(value.dtype))

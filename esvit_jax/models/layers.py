@@ -85,7 +85,7 @@ def _gelu_backward(x: Any, gradient: Any) -> Any:
     x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
     cdf = 0.5 * (1.0 + jax.lax.erf(x32 * 0.5**0.5))
     density = jnp.exp(-0.5 * x32 * x32) * (2.0 * math.pi) ** -0.5
-    return (((cdf + x32 * density) * gradient).astype(x.dtype),)
+    return (((cdf + x32 * density) * gradient.astype(jnp.float32)).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -1,0 +1,63 @@
+"""A function of one device on several: both modes, donation, states and batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esvit_jax import parallel
+from esvit_jax.steps import AXIS
+
+
+def add_mean(total: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """total + the mean over devices of their sums; wrong if a device sees another's share."""
+    return total + jax.lax.pmean(batch["x"].sum(axis=0), AXIS)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_both_modes_give_the_mean_over_devices(mode: str, count: int):
+    devices = jax.devices()[:count]
+    x = np.arange(24, dtype=np.float32).reshape(count, -1, 3)
+    run = parallel.lift(add_mean, mode, devices=devices)
+    total = run(jnp.ones(3), {"x": x})
+    assert total.shape == (3,)  # replicated: no axis of devices
+    np.testing.assert_array_equal(total, 1 + x.sum(axis=1).mean(axis=0))
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_devices_tell_themselves_apart(mode: str):
+    """Indices rise in the order of the shares."""
+
+    def place(offset, batch):
+        index = offset + jax.lax.axis_index(AXIS)
+        return jax.lax.all_gather(index * 10 + batch["x"][0], AXIS)
+
+    run = parallel.lift(place, mode)
+    found = run(jnp.zeros((), jnp.int32), {"x": np.arange(4, dtype=np.int32)[:, None]})
+    np.testing.assert_array_equal(found, [0, 11, 22, 33])
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_a_donated_state_is_gone(mode: str):
+    state = parallel.replicate({"a": jnp.ones(3)}, mode)
+    run = parallel.lift(
+        lambda state, batch: jax.tree.map(lambda x: x + batch["x"].mean(), state), mode, donate=True
+    )
+    new = run(state, {"x": np.ones((4, 2), np.float32)})
+    np.testing.assert_array_equal(new["a"], 2 * np.ones(3))
+    assert state["a"].is_deleted()
+
+
+def test_shares_of_a_batch_are_contiguous_and_only_arrays():
+    batch = {"canvas": np.arange(16).reshape(8, 2), "id": ["a"] * 8}
+    shared = parallel.shard(batch)
+    assert set(shared) == {"canvas"}
+    np.testing.assert_array_equal(shared["canvas"], np.arange(16).reshape(4, 2, 2))
+
+
+def test_one_process_needs_no_conversion():
+    state = {"a": jnp.ones(3)}
+    assert parallel.to_global(state) is state
+    replicated = parallel.replicate(state, "pmap")["a"]
+    assert replicated.sharding.is_fully_replicated and len(replicated.devices()) == 4
