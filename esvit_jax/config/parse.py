@@ -79,7 +79,8 @@ def config_arguments(
 ) -> dict[str, str | int | bool]:
     """Reads the arguments of a config file: "variant=base,window=14".
 
-        given = config_arguments(text, variant=("tiny", "base"), window=(7, 14))
+    >>> config_arguments("window=14", variant=("tiny", "base"), window=(7, 14))
+    {'variant': 'tiny', 'window': 14}
 
     Args:
       text: what follows the colon.
@@ -120,7 +121,7 @@ def _call_get_config(path: Path, arguments: list[str]) -> object:
 
 def _place_and_reason(path: Path, error: Exception) -> str:
     """Where in a config file something went wrong, and what, in one line."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno:
         return f"{error.filename or path}, line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
