@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 from esvit_jax.config.fields import FIELDS, ConfigDict, require_all_fields, set_field
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 
 
 def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
@@ -41,7 +41,8 @@ def parse_config(argv: list[str]) -> tuple[ConfigDict, list[str]]:
             overrides.append((field, value))
     if not source:
         raise UserError(f"--config is missing; give {_wanted()}, such as --config=quickstart")
-    config = load_config(source)
+    with renamed(source="--config"):
+        config = load_config(source)
     for field, value in overrides:
         set_field(config, field, FIELDS[field].rule.read(value) if field in FIELDS else value)
     return config, rest
@@ -58,8 +59,8 @@ def load_config(source: str) -> ConfigDict:
       UserError: there is no such file, or it fails; names the file, the line and what went wrong.
     """
     name, colon, arguments = source.partition(":")
-    path = _find(name)
     try:
+        path = _find(name)
         config = _call_get_config(path, [arguments] if colon else [])
         if not isinstance(config, ConfigDict):
             raise UserError(
@@ -67,9 +68,7 @@ def load_config(source: str) -> ConfigDict:
             )
         require_all_fields(config)
     except UserError as error:
-        raise UserError(f"--config={source}: {error}") from error
-    except Exception as error:  # whatever the file does
-        raise UserError(_place_and_reason(path, error)) from error
+        raise UserError(str(error), argument="source", value=source) from error
     config.lock()
     return config
 
@@ -107,26 +106,32 @@ def config_arguments(
 def _call_get_config(path: Path, arguments: list[str]) -> object:
     """Runs the file, then its function."""
     variables: dict[str, object] = {"__name__": path.stem, "__file__": str(path)}
-    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), variables)
-    get_config = variables.get("get_config")
-    if not callable(get_config):
-        raise UserError("it has no function get_config")
     try:
-        inspect.signature(get_config).bind(*arguments)
-    except TypeError as error:
-        what = "takes no arguments" if arguments else "needs arguments, after a colon"
-        raise UserError(f"its get_config {what}") from error
-    return get_config(*arguments)
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), variables)
+        get_config = variables.get("get_config")
+        if not callable(get_config):
+            raise UserError("it has no function get_config")
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError as error:
+            what = "takes no arguments" if arguments else "needs arguments, after a colon"
+            raise UserError(f"its get_config {what}") from error
+        return get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does
+        raise UserError(_place_and_reason(path, error)) from error
 
 
 def _place_and_reason(path: Path, error: Exception) -> str:
-    """Where in a config file something went wrong, and what, in one line."""
+    """The line of a config file where something went wrong, and what."""
     if isinstance(error, SyntaxError) and error.lineno:
-        return f"{error.filename or path}, line {error.lineno}: {error.msg}"
+        other = "" if error.filename == str(path) else f"{error.filename}, "
+        return f"{other}line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    line = f", line {lines[-1]}" if lines else ""
-    return f"{path}{line}: {' '.join(traceback.format_exception_only(error)[0].split())}"
+    line = f"line {lines[-1]}: " if lines else ""
+    return line + " ".join(traceback.format_exception_only(error)[0].split())
 
 
 def _kind(value: object) -> str:
@@ -151,9 +156,9 @@ def _find(name: str) -> Path:
         return known
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        raise UserError(f"--config={name} is a folder; give {_wanted()}")
+        raise UserError(f"it is a folder; give {_wanted()}")
     if not os.path.isfile(path):
-        raise UserError(f"--config={name}: there is no such file; give {_wanted()}")
+        raise UserError(f"there is no such file; give {_wanted()}")
     if not path.endswith(".py"):
-        raise UserError(f"--config={name} is no Python file; give {_wanted()}")
+        raise UserError(f"it is no Python file; give {_wanted()}")
     return Path(path)
