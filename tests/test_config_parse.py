@@ -210,8 +210,8 @@ def test_arguments_of_a_file_that_takes_none(tmp_path: Path, config_file: Path):
         "its get_config needs arguments, after a colon"
     )
     config_file.write_text("def get_config(size): return int(size)\n")
-    assert refusal(f"--config={config_file}:big") == (
-        f"--config={config_file}:big: line 1: ValueError: invalid literal for int() with base 10: 'big'"
+    assert refusal(f"--config={config_file}:big").startswith(
+        f"--config={config_file}:big: line 1: ValueError: invalid literal for int()"
     )
 
 
