@@ -16,7 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["esvit_jax", "esvit_jax.*"]),
+    packages=[*find_packages(include=["esvit_jax", "esvit_jax.*"]), "esvit_jax.configs"],
+    package_dir={"esvit_jax.configs": "configs"},  # for --config=quickstart from any folder
     package_data={
         "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"]
     },

@@ -1,6 +1,6 @@
 """A small Swin on the bundled images: a CPU, minutes, no network.
 
-esvit train --config=configs/quickstart.py --workdir=runs/quickstart
+esvit train --config=quickstart --workdir=runs/quickstart
 """
 
 from esvit_jax.config import ConfigDict, default_config

@@ -12,6 +12,7 @@ COMMANDS = {
     "embed": ("esvit_jax.commands.embed", "write the features of every image to a file"),
     "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),
+    "config": ("esvit_jax.commands.config", "print a config, and the numbers of its run"),
     "bench": ("esvit_jax.commands.bench", "time the training step on this machine"),
     "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
 }

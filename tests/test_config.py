@@ -1,41 +1,65 @@
-"""Defaults, refusals, derived numbers, and the command line of configs."""
+"""The table of fields: defaults, refusals, derived numbers, and configs read back from JSON."""
 
-import inspect
+import copy
+import json
 import math
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from ml_collections import config_flags
 
 from esvit_jax import errors
 from esvit_jax.config import (
-    FREE_FIELDS,
+    ConfigDict,
     check,
     default_config,
     differences,
     flatten,
-    parse_config,
     resolve,
     unflatten,
 )
+from esvit_jax.config.fields import FIELDS
+from esvit_jax.config.reference import reference
 from esvit_jax.errors import UserError
 
+OLD_CONFIG = Path(__file__).parent / "data" / "config_0.1.0.json"
 
-def changed(**fields):
+
+def changed(**fields: object) -> ConfigDict:
     """The default config with some fields set; "__" stands for the dot."""
     config = default_config()
     for field, value in fields.items():
-        *groups, last = field.split("__")
-        group = config
-        for name in groups:
-            group = group[name]
-        group[last] = value
+        section, _, last = field.rpartition("__")
+        (config[section] if section else config)[last] = value
     return config
 
 
-def test_every_field_has_a_comment():
-    source = inspect.getsource(default_config)
-    commented = re.findall(r"^ +config\.([\w.]+) = (?!ConfigDict\(\)).*\S  # \S", source, re.M)
-    assert sorted(commented) == sorted(flatten(default_config()))
+def test_a_line_of_the_table_is_whole():
+    for name, field in FIELDS.items():
+        assert name.count(".") <= 1 and re.fullmatch(r"[a-z_.]+", name)
+        assert field.comment and field.comment[0] != " " and field.comment[-1] != ".", name
+        field.rule.require(name, field.default)
+        assert field.default is None or type(field.default) is field.rule.type, name
+        assert field.rule.words.endswith(", or None") == field.rule.optional, name
+
+
+def test_a_section_stands_together():
+    sections = [name.rpartition(".")[0] for name in FIELDS]
+    assert sections == sorted(sections, key=sections.index)
+
+
+def test_default_config_is_that_of_0_1_0():
+    old = json.loads(OLD_CONFIG.read_text())["config"]
+    assert flatten(default_config()) == old
+    assert list(flatten(default_config())) == list(old)  # the order in config.json
+    loaded = unflatten(old)
+    assert loaded == default_config() and differences(loaded, default_config()) == []
+    assert old["total_epochs"] == 300 and type(loaded.total_epochs) is float
 
 
 def test_default_passes():
@@ -52,9 +76,9 @@ ONE_OF = {
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-    "checkpoint_keep", "evaluate.batch_size", "head.num_prototypes", "head.hidden_dim",
-    "head.bottleneck_dim", "data.num_threads", "views.global_size", "views.local_size",
-    "total_steps", "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
+    "checkpoint_keep", "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
+    "data.num_threads", "views.global_size", "views.local_size", "total_steps",
+    "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
     "backbone.window_size", "backbone.patch_size", "backbone.image_size",
 )  # fmt: skip
 AT_LEAST_0 = (
@@ -109,11 +133,51 @@ REFUSED = [
     ("backbone.num_heads", (3, 6)),
     ("backbone.num_heads", (3, 6, 12, 25)),
     ("backbone.image_size", 31),
+    # What would be NaN, more than its counter holds, or end long after it could be known.
+    ("head.num_prototypes", 1),
+    ("optimizer.learning_rate", 1e300),
+    ("optimizer.learning_rate", -math.inf),
+    ("batch_size", 10**9),
+    ("total_steps", 2**31),
+    ("total_steps", 10**13),
+    ("total_epochs", 1e300),
+    ("log_every_steps", 10**13),
+    ("seed", 2**63),
+    ("evaluate.k", (1.5,)),
+    ("evaluate.k", (10, True)),
+    ("data.canvas_size", 0),
+    ("data.canvas_size", 10**6),
+    ("data.num_threads", 10**9),
+    ("loss.student_temp", 1e-300),
+    ("views.mean", (0.5, 0.5, math.nan)),
+    ("views.std", (0.2, 0.2, math.inf)),
+    ("views.global_scale", (0.4, math.nan)),
+    # A ConfigDict takes these for the field's own type.
+    ("batch_size", True),
+    ("backbone.window_size", True),
+    ("evaluate.k", (True, 5)),
+    ("views.flip", None),
+    ("batch_size", None),
+    ("loss.region", None),
+    ("data.name", None),
 ]
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_number_may_be_nan_or_infinite_or_a_switch(name: str):
+    rule = FIELDS[name].rule
+    for bad in (math.nan, math.inf, -math.inf, 10**400, True):
+        if rule.type in (int, float):
+            with pytest.raises(UserError):
+                rule.require(name, bad)
+        if rule.type is tuple:
+            size = len(FIELDS[name].default or (2, 2))  # type: ignore
+            with pytest.raises(UserError):
+                rule.require(name, (1,) * (size - 1) + (bad,))
+
+
 @pytest.mark.parametrize(("field", "value"), REFUSED)
-def test_refused_by_name_and_value(field, value):
+def test_refused_by_name_and_value(field: str, value: object):
     config = changed(**{field.replace(".", "__"): value})
     value = flatten(config)[field]  # as the field's type holds it
     shown = tuple(value) if isinstance(value, list) else value
@@ -134,7 +198,7 @@ def test_refused_by_name_and_value(field, value):
         ("data.canvas_size", 224), ("backbone.image_size", 32), ("remat", "dots"),
     ],
 )  # fmt: skip
-def test_limits_are_allowed(field, value):
+def test_limits_are_allowed(field: str, value: object):
     check(changed(**{field.replace(".", "__"): value}))
 
 
@@ -169,13 +233,16 @@ def test_total_steps_win_and_small_data_are_an_epoch():
 @pytest.mark.parametrize(
     ("fields", "num_images", "message"),
     [
-        ({"batch_size": 510}, 1000, r"config\.batch_size: 510 images .* 8 devices"),
-        ({"accum_steps": 5}, 1000, r"config\.accum_steps: 64 images .* 5 accum_steps"),
-        ({"evaluate__batch_size": 100}, 1000, r"config\.evaluate\.batch_size: 100 images"),
-        ({}, 0, r"config\.data\.train_split = 'train' has no images"),
+        ({"batch_size": 510}, 1000, r"config\.batch_size = 510: 8 devices .* 504 or 512"),
+        ({"batch_size": 5}, 1000, r"config\.batch_size = 5: 8 devices .* such as 8$"),
+        ({"accum_steps": 5}, 1000, r"config\.accum_steps = 5: .* the 64 images of a device"),
+        ({"evaluate__batch_size": 100}, 1000, r"config\.evaluate\.batch_size = 100: .* 96 or 104"),
+        ({}, 0, r"config\.data\.train_split = 'train': it has no images"),
     ],
 )
-def test_refused_for_these_devices_and_data(fields, num_images, message):
+def test_refused_for_these_devices_and_data(
+    fields: dict[str, object], num_images: int, message: str
+):
     with pytest.raises(UserError, match=message):
         resolve(changed(**fields), num_images=num_images, num_devices=8)
 
@@ -192,10 +259,11 @@ def test_flatten_is_undone_by_unflatten():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("optimizer.lr", 1.0), ("momentum", 1.0), ("batch_size.x", 1), ("a.b", 1)]
+    ("name", "value"),
+    [("optimizer.lr", 1.0), ("momentum", 1.0), ("batch_size.x", 1), ("a.b", 1), ("views", {})],
 )
-def test_unflatten_names_what_is_unknown(name, value):
-    with pytest.raises(UserError, match=rf"config\.{re.escape(name)} = "):
+def test_unflatten_names_what_is_unknown(name: str, value: object):
+    with pytest.raises(UserError, match=rf"^config\.{re.escape(name)} is (no field|a section); "):
         unflatten(flatten(default_config()) | {name: value})
 
 
@@ -208,97 +276,183 @@ def test_differences_names_what_makes_another_run():
     ]
 
 
-def test_free_fields_are_fields_and_make_no_difference():
-    flat = flatten(default_config())
-    names = {f: {n for n in flat if n == f or n.startswith(f + ".")} for f in FREE_FIELDS}
-    assert all(names.values()), names
-    free = set().union(*names.values())
-    other = {int: 3, str: "other", list: [3, 4], float: 0.123, type(None): 7}
-
-    def another(value):
-        return not value if isinstance(value, bool) else other[type(value)]
-
-    new = unflatten(flat | {name: another(flat[name]) for name in free})
-    assert differences(default_config(), new) == []
-    for name in flat.keys() - free - {n for n in flat if n.startswith("backbone.")}:
-        lines = differences(default_config(), unflatten(flat | {name: another(flat[name])}))
-        assert len(lines) == 1 and lines[0].startswith(f"config.{name} was "), name
+FREE = {
+    "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
+    "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
+    "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
+    "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
+    "evaluate.size", "evaluate.crop", "evaluate.batch_size", "evaluate.k",
+}  # fmt: skip
 
 
-# Of ml_collections' own reading of files.
-reads_a_file = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", FIELDS)
+def test_only_free_fields_make_no_difference(name: str):
+    old, new = default_config(), default_config()
+    other = {int: 3, str: "other", tuple: (3, 4), float: 0.123, bool: not old[name]}
+    section, _, last = name.rpartition(".")
+    (new[section] if section else new)[last] = other[FIELDS[name].rule.type]
+    lines = differences(old, new)
+    assert len(lines) == (name not in FREE)
+    assert all(line.startswith(f"config.{name} was ") for line in lines)
 
 
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "small.py"
-    path.write_text(
-        "from esvit_jax.config import default_config\n\n\n"
-        "def get_config(batch='16'):\n"
-        "    config = default_config()\n"
-        "    config.batch_size = int(batch)\n"
-        "    return config\n"
-    )
-    return path
+HAND_EDITS: list[tuple[str, Any, str]] = [
+    ("batch_size", "64", "a whole number"),
+    ("batch_size", 64.0, "a whole number"),
+    ("batch_size", None, "a whole number"),
+    ("batch_size", [64], "a whole number"),
+    ("batch_size", {"images": 64}, "a whole number"),
+    ("seed", True, "a whole number"),
+    ("total_steps", "soon", "a whole number .* or None"),
+    ("total_epochs", [300], "a number"),
+    ("optimizer.learning_rate", "5e-4", "a number"),
+    ("optimizer.learning_rate", math.nan, "a number"),  # JSON as Python reads it has NaN
+    ("optimizer.learning_rate", 10**400, "a number"),
+    ("optimizer.name", 3, "'adamw', 'sgd' or 'lars'"),
+    ("optimizer.name", None, "'adamw', 'sgd' or 'lars'"),
+    ("dtype", ["float32"], "'float32' or 'bfloat16'"),
+    ("loss.region", "yes", "True or False"),
+    ("loss.region", 1, "True or False"),
+    ("data.name", None, "text"),
+    ("data.name", {}, "text"),
+    ("data.canvas_size", 0, "a whole number from 1"),
+    ("views.ratio", 0.75, "two numbers"),
+    ("views.ratio", [[0.75], [1.5]], "two numbers"),
+    ("views.mean", "grey", "three numbers"),
+    ("evaluate.k", 20, "one or more whole numbers"),
+    ("evaluate.k", "10", "one or more whole numbers"),
+    ("evaluate.k", [10, "20"], "one or more whole numbers"),
+    ("backbone.depths", [2, 2.5], "one or more whole numbers .* or None"),
+    ("backbone.name", 5, "text"),
+    ("backbone.name", "swim", "known are swin_tiny"),
+    ("backbone.image_size", 8, "at least 32"),
+]
 
 
-@reads_a_file
-def test_parse_reads_file_argument_and_overrides(config_file):
-    config, rest = parse_config(
-        [
-            f"--config={config_file}:32", "--workdir=runs/x", "--config.backbone.depths=(2,2)",
-            "--config.total_steps=5", "--config.backbone.drop_path_rate=0.3",
-            "--config.views.ratio=(0.5,2.0)", "--config.loss.region=false",
-            "--config.optimizer.name=sgd", "extra",
-        ]
-    )  # fmt: skip
-    assert rest == ["--workdir=runs/x", "extra"]
-    assert config.batch_size == 32 and config.total_steps == 5
-    assert config.backbone.depths == (2, 2) and config.backbone.drop_path_rate == 0.3
-    assert config.views.ratio == (0.5, 2.0) and config.optimizer.name == "sgd"
-    assert config.loss.region is False
-    assert parse_config([f"--config={config_file}"])[0].batch_size == 16
-
-
-@reads_a_file
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("--config.optimizer.lr=1", "lr"),
-        ("--config.batch_size=many", "batch_size"),
-        ("--config.total_steps=soon", "total_steps"),
-        ("--config.loss.region=perhaps", "region"),
-    ],
-)
-def test_parse_names_a_bad_override(config_file, override, named):
-    with pytest.raises(UserError, match=named) as error:
-        parse_config([f"--config={config_file}", override])
-    assert "\n" not in str(error.value)
-
-
-@reads_a_file
-def test_unknown_field_is_named_with_the_one_most_like_it(config_file):
+@pytest.mark.parametrize(("name", "value", "wanted"), HAND_EDITS)
+def test_a_hand_edited_config_json_is_refused_in_one_line(name: str, value: Any, wanted: str):
+    content = json.loads(OLD_CONFIG.read_text())
+    content["config"][name] = value
+    flat = json.loads(json.dumps(content))["config"]
     with pytest.raises(UserError) as error:
-        parse_config([f"--config={config_file}", "--config.optimizer.learning_rat=1.0"])
-    assert str(error.value) == (
-        "config.optimizer.learning_rat is no field; the one most like it is "
-        "config.optimizer.learning_rate"
+        check(unflatten(flat))
+    shown = tuple(value) if isinstance(value, list) else value
+    assert re.match(rf"config\.{re.escape(name)} = {re.escape(repr(shown))}: ", str(error.value))
+    assert re.search(wanted, str(error.value)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flat", [[], None, "config", 5])
+def test_a_config_that_is_no_object_is_refused(flat: Any):
+    with pytest.raises(UserError, match="an object of names and values, not "):
+        unflatten(flat)
+
+
+def test_a_config_that_lost_a_field_or_got_one_is_refused():
+    config = default_config()
+    with config.unlocked():
+        del config.views["ratio"]
+    with pytest.raises(UserError, match=r"^config\.views\.ratio is missing"):
+        check(config)
+    config = default_config()
+    with config.unlocked():
+        config.optimizer.momentum = 0.9
+    with pytest.raises(UserError, match=r"^config\.optimizer\.momentum is no field"):
+        check(config)
+    config = default_config()
+    config.head = None
+    with pytest.raises(UserError, match=r"^config\.head is a section; its fields are head\.num"):
+        check(config)
+
+
+def test_steps_that_overflow_their_counter_are_refused():
+    config = changed(total_epochs=1e5, optimizer__warmup_epochs=0.0)
+    with pytest.raises(UserError, match=r"config\.total_epochs = 100000\.0: 2,500,000,000,000 s"):
+        resolve(config, num_images=25_000_000 * 512, num_devices=1)
+    config = changed(total_steps=100, optimizer__warmup_epochs=1e5)
+    with pytest.raises(UserError, match=r"config\.optimizer\.warmup_epochs = 100000\.0: 2,500"):
+        resolve(config, num_images=25_000_000 * 512, num_devices=1)
+
+
+def test_parts_of_an_epoch_are_a_length():
+    numbers = resolve(changed(total_epochs=0.1), num_images=100 * 512, num_devices=1)
+    assert numbers.total_steps == 10
+    with pytest.raises(UserError, match=r"config\.total_epochs = 0\.1: that is no step"):
+        resolve(changed(total_epochs=0.1), num_images=512, num_devices=1)
+
+
+def test_a_misspelt_field_is_named_with_the_one_most_like_it():
+    config = default_config()
+    with pytest.raises(AttributeError, match="^batchsize is no field; .* is batch_size$"):
+        config.batchsize = 3
+    with pytest.raises(AttributeError, match="^rate is no field; .* is ratio$"):
+        config.views.rate = 3
+    with pytest.raises(TypeError):
+        config.batch_size = "many"
+
+
+def test_copies_are_configs_of_ours():
+    config = changed(total_steps=5)
+    for again in (
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        config.copy_and_resolve_references(),
+        ConfigDict(config),  # type: ignore
+        unflatten(flatten(config)),
+    ):
+        assert type(again) is ConfigDict and type(again.views) is ConfigDict
+        assert again.is_locked and flatten(again) == flatten(config)
+        check(again)
+
+
+def test_a_config_is_a_flag_of_ml_collections_too():
+    from absl import flags
+
+    values, config = flags.FlagValues(), default_config()
+    argv = ["", "--config.views.num_local=4", "--config.total_steps=7"]
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    assert holder.value.views.num_local == 4 and holder.value.total_steps == 7
+    assert type(holder.value) is ConfigDict
+
+
+def test_text_of_a_config_has_a_line_a_field_in_the_order_of_the_table():
+    lines = str(changed(batch_size=8)).splitlines()
+    assert repr(default_config()) == str(default_config())
+    assert lines[:4] == ["seed: 0", "dtype: 'bfloat16'", "parallel: 'pmap'", "batch_size: 8"]
+    at = lines.index("backbone:")
+    assert lines[at + 1 : at + 3] == ["  name: 'swin_tiny'", "  embed_dim: None"]
+    sections = {name.rpartition(".")[0] for name in FIELDS} - {""}
+    assert len(lines) == len(FIELDS) + len(sections)
+    assert str(default_config().loss).splitlines()[0] == "center_momentum: 0.9"  # a section alone
+    assert str(ConfigDict()) == ""
+
+
+def test_a_notebook_shows_what_is_not_the_default_in_bold():
+    config = changed(batch_size=8, data__name="folder:<a>")
+    shown = config._repr_html_()
+    assert "<td>batch_size</td><td><b>8</b></td><td>512</td><td>images a step" in shown
+    assert "<td>seed</td><td>0</td><td></td>" in shown
+    assert "folder:&lt;a&gt;" in shown and "<a>" not in shown
+    assert shown.count("<tr>") == len(FIELDS) + 1
+    assert config.views._repr_html_().startswith("<pre>")
+
+
+def test_the_reference_has_every_field():
+    page = reference()
+    rows = re.findall(r"^\| `([\w.]+)`( ↻)? \| `(.*?)` \| (.+?) \| (.+) \|$", page, re.M)
+    assert [row[0] for row in rows] == list(FIELDS)
+    assert {row[0] for row in rows if row[1]} == FREE
+    assert ("batch_size", "", "512", "images a step, over all devices and processes",
+            "a whole number from 1 to 1,000,000") in rows  # fmt: skip
+
+
+def test_configs_need_no_jax():
+    code = (
+        "import sys, esvit_jax.config as c; c.load_config('esvit_swin:variant=base');"
+        "c.parse_config(['--config=quickstart']); print(c.default_config()); "
+        "assert 'jax' not in sys.modules and 'flax' not in sys.modules"
     )
-
-
-@reads_a_file
-def test_parse_names_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere.py"):
-        parse_config([f"--config={tmp_path}/nowhere.py"])
-    with pytest.raises(UserError, match="--config is missing"):
-        parse_config(["--workdir=x"])
-
-
-@reads_a_file
-def test_misspelt_field_in_a_file_is_named(config_file):
-    config_file.write_text(config_file.read_text().replace("batch_size", "batchsize"))
-    with pytest.raises(UserError, match="batchsize"):
-        parse_config([f"--config={config_file}"])
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_user_error_is_a_value_error():

@@ -1,19 +1,10 @@
 """Configs: the table of fields, the numbers of a run that follow from them, and their files."""
 
-from esvit_jax.config.fields import (
-    FREE_FIELDS,
-    ConfigDict,
-    RunNumbers,
-    check,
-    default_config,
-    differences,
-    flatten,
-    parse_config,
-    resolve,
-    unflatten,
-)
+from esvit_jax.config.fields import ConfigDict, default_config, flatten, unflatten
+from esvit_jax.config.parse import config_arguments, load_config, parse_config
+from esvit_jax.config.resolve import RunNumbers, check, differences, resolve
 
 __all__ = [
-    "FREE_FIELDS", "ConfigDict", "RunNumbers", "check", "default_config", "differences",
-    "flatten", "parse_config", "resolve", "unflatten",
+    "ConfigDict", "RunNumbers", "check", "config_arguments", "default_config", "differences",
+    "flatten", "load_config", "parse_config", "resolve", "unflatten",
 ]  # fmt: skip
