@@ -109,8 +109,8 @@ def test_one_stray_folder_in_a_label_folder(tmp_path: Path, log_lines: Callable[
         "dog/c.png": "dog",
     }
     assert log_lines(logging.WARNING) == [
-        f"folder:{tmp_path}: 3 images, 2 labels (cat, dog); labels are the top folders, also of "
-        "images deeper down (cat/old/b.png)"
+        f"folder:{tmp_path}: 3 images, 2 labels (cat, dog); the labels are the top folders, "
+        "also of images deeper down (cat/old/b.png)"
     ]
 
 
@@ -129,7 +129,7 @@ def test_images_beside_folders_have_no_labels(
     write_images(tmp_path, "2024/june/a.png", "2025/b.png", "c.png")
     assert set(labels(tmp_path)["train"].values()) == {None}
     assert log_lines(logging.WARNING) == [
-        f"folder:{tmp_path}: 3 images, no labels; the folders are no labels, as images lie "
+        f"folder:{tmp_path}: 3 images, no labels; folders are no labels, as images lie "
         "beside them (c.png)"
     ]
 

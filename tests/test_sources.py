@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,15 @@ def test_sources_pickle(flat_folder: Path):
         assert copy.class_names == source.class_names
 
 
+def test_a_missing_shard_is_named_before_it_is_read(tmp_path: Path):
+    copy = Path(shutil.copytree(sources.BUNDLED / "fashion_mnist_mini", tmp_path / "copy"))
+    missing = next(copy.glob("*train.array_record*"))
+    missing.unlink()
+    with pytest.raises(UserError, match=f"no whole TFDS data set: {missing} is missing"):
+        sources.open_source(str(copy), "train")
+    assert len(sources.open_source(str(copy), "test")) == 1500
+
+
 def tfds_info_stub(tmp_path: Path, features: str, file_format: str) -> None:
     """A TFDS directory with one train record, that no writer is needed for."""
     (tmp_path / "features.json").write_text(features)
@@ -198,7 +208,7 @@ def test_flat_folder_has_no_labels_and_one_split(flat_folder: Path):
     assert len(source) == 20 and source.num_classes == 0
     assert {record["label"] for record in records_of(source)} == {-1}
     assert sorted(r["id"] for r in records_of(source)) == [f"{i:02}.png" for i in range(20)]
-    with pytest.raises(UserError, match=r"no such split; it has train \(20 records\)"):
+    with pytest.raises(UserError, match=r"no such split or slice; it has train \(20 records\)"):
         sources.open_source(f"folder:{flat_folder}", "test")
 
 

@@ -65,11 +65,19 @@ def read_folder(folder: str, split: str) -> dict[str, list[ImageFile]]:
     if not listing.images:
         raise _error(folder, "; ".join(["it holds no images", *left_out]))
     splits, notes = _split_up(folder, listing.images, asked=_split_names(split))
-    found = {}
+    found: dict[str, list[ImageFile]] = {}
+    deep: list[str] = []
     for name, (base, paths) in splits.items():
-        labelled, note = _label(base, paths)
+        labelled, loose = _label(base, paths)
         found[name] = sorted(labelled, key=functools.partial(_place, base))
-        notes += note
+        deep += [path for path, label in labelled if label and path.count("/", len(base)) > 1]
+        if loose:
+            where = f" in {printable(base)}" if base else ""
+            notes.append(
+                f"folders{where} are no labels, as images lie beside them ({_some(loose)})"
+            )
+    if deep:
+        notes.append(f"the labels are the top folders, also of images deeper down ({_some(deep)})")
     notes += left_out
     line = "; ".join([f"folder:{printable(folder)}: {_summary(found)}", *notes])
     _log_once(logging.WARNING if notes else logging.INFO, line)
@@ -273,19 +281,14 @@ def _refuse_inner_splits(folder: str, paths: list[str], base: str) -> None:
 
 
 def _label(base: str, paths: list[str]) -> tuple[list[ImageFile], list[str]]:
-    """The images of a split with their labels, and a clause about what is odd."""
+    """The images of a split with their labels; and those beside folders, if that means none."""
     inner = [path[len(base) :] for path in paths]
     loose = [path for path in inner if "/" not in path]
-    if not loose:
-        labels = [path.partition("/")[0] for path in inner]
-        files = list(map(ImageFile, paths, labels))
-        deep = [path for path in inner if path.count("/") > 1]
-        note = f"labels are the top folders, also of images deeper down ({_some(deep)})"
-        return files, [note] if deep else []
-    nested = [path for path in inner if "/" in path]
-    where = f" of {printable(base)}" if base else ""
-    note = f"the folders{where} are no labels, as images lie beside them ({_some(loose)})"
-    return [ImageFile(path, None) for path in paths], [note] if nested else []
+    if loose:
+        files = [ImageFile(path, None) for path in paths]
+        return files, loose if len(loose) < len(paths) else []
+    labels = [path.partition("/")[0] for path in inner]
+    return list(map(ImageFile, paths, labels)), []
 
 
 def _place(base: str, file: ImageFile) -> bytes:

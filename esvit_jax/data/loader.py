@@ -132,10 +132,11 @@ class _BadRecords:
                 _log_bad(self.source, record)
         all_bad = len(self.ids) == len(self.source)
         if len(self.ids) > self.limit or all_bad:
+            advice = "mend the data" if all_bad else "mend the data, or raise the limit"
             raise UserError(
                 f"{len(self.ids)} of the {len(self.source)} records of {self.source.name} "
                 f"{self.source.split} cannot be decoded, the last ones are "
-                f"{', '.join(self.ids[-5:])}; mend the data{'' if all_bad else ' or raise it'}",
+                f"{', '.join(self.ids[-5:])}; {advice}",
                 argument="max_bad_records",
                 value=self.limit,
             )

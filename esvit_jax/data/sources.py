@@ -244,6 +244,9 @@ def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
             value=split,
         )
     files = info.splits[split].file_instructions
+    for file in files:
+        if "://" not in file.filename and not Path(file.filename).exists():
+            raise _name_error(name, f"it is no whole TFDS data set: {file.filename} is missing")
     keys = [key for key in (image_key, label_key) if key]
     records = _TfdsRecords(
         raw=raw,
@@ -331,9 +334,11 @@ def _slices(name: str, split: str, splits: tfds.core.SplitDict) -> list[tuple[st
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
         bounds = [slice(p.from_, p.to).indices(sizes[p.splitname]) for p in parts]
     except (ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as error:
-        known = ", ".join(f"{key} ({size} records)" for key, size in sizes.items())
+        known = ", ".join(
+            f"{key} ({size} record{'s' * (size != 1)})" for key, size in sizes.items()
+        )
         raise UserError(
-            f"{name} has no such split; it has {known}, and slices such as train[:90%] work",
+            f"{name} has no such split or slice; it has {known}; a slice is train[:90%], say",
             argument="split",
             value=split,
         ) from error
