@@ -151,6 +151,35 @@ def test_batch_shapes_and_labels():
     assert (batch["size"] == 28).all()
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", -8),
+        ("canvas_size", 0),
+        ("seed", -1),
+        ("start_step", -1),
+        ("num_workers", -1),
+        ("num_threads", 0),
+        ("max_bad_records", -1),
+        ("process_count", 0),
+        ("process_index", -1),
+        ("process_index", 1),
+    ],
+)
+def test_arguments_out_of_range_are_one_line(flat_folder: Path, argument: str, value: int):
+    source = open_indexed(f"folder:{flat_folder}", "train")
+    with pytest.raises(UserError) as error:
+        train(source, 1, **{argument: value})
+    assert (error.value.argument, error.value.value) == (argument, value)
+    evaluation = {"batch_size": 8, "canvas_size": 8, "num_threads": 1, argument: value}
+    if argument in ("seed", "start_step", "num_workers", "max_bad_records"):
+        return
+    with pytest.raises(UserError) as error:
+        loader.eval_batches(source, **evaluation)
+    assert (error.value.argument, error.value.value) == (argument, value)
+
+
 # Bad records.
 
 
@@ -195,8 +224,9 @@ def test_nothing_but_bad_records_stops_the_run(tmp_path: Path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"no image")
     source = open_indexed(f"folder:{tmp_path}", "train")
-    with pytest.raises(UserError, match="3 of the 3 records"):
+    with pytest.raises(UserError, match="3 of the 3 records") as error:
         train(source, 1, max_bad_records=100)
+    assert str(error.value).endswith("; mend the data")  # to raise the limit would not help
 
 
 @pytest.mark.slow

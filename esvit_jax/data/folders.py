@@ -69,15 +69,17 @@ def read_folder(folder: str, split: str) -> dict[str, list[ImageFile]]:
     deep: list[str] = []
     for name, (base, paths) in splits.items():
         labelled, loose = _label(base, paths)
-        found[name] = sorted(labelled, key=functools.partial(_place, base))
+        found[name] = sorted(labelled, key=functools.partial(_sort_key, base))
         deep += [path for path, label in labelled if label and path.count("/", len(base)) > 1]
         if loose:
             where = f" in {printable(base)}" if base else ""
             notes.append(
-                f"folders{where} are no labels, as images lie beside them ({_some(loose)})"
+                f"folders{where} are no labels, as images lie beside them ({_first_few(loose)})"
             )
     if deep:
-        notes.append(f"the labels are the top folders, also of images deeper down ({_some(deep)})")
+        notes.append(
+            f"the labels are the top folders, also of images deeper down ({_first_few(deep)})"
+        )
     notes += left_out
     line = "; ".join([f"folder:{printable(folder)}: {_summary(found)}", *notes])
     _log_once(logging.WARNING if notes else logging.INFO, line)
@@ -149,11 +151,11 @@ class _Listing:
             (self.loops, "a link to a folder that it lies in"),
         ):
             if paths:
-                clauses.append(f"left out {_some(sorted(paths))}: {reason}")
+                clauses.append(f"left out {_first_few(sorted(paths))}: {reason}")
         counts = sorted((-count, kind) for kind, count in self.other_kinds.items() if count)
         if counts:
             kinds = [f"{-count} {kind}" for count, kind in counts]
-            clauses.append(f"left out files of other kinds: {_some(kinds)}")
+            clauses.append(f"left out files of other kinds: {_first_few(kinds)}")
         return clauses
 
 
@@ -235,18 +237,18 @@ def _split_up(
         if wrapper.lower() in SPLIT_FOLDERS or wrapper in asked:
             break
         base += wrapper + "/"
-    inside: dict[str, list[str]] = {}
+    by_top: dict[str, list[str]] = {}
     for path in paths:
         top, slash, _ = path[len(base) :].partition("/")
-        inside.setdefault(top if slash else "", []).append(path)
-    loose = inside.pop("", [])
-    named = {top for top in inside if top.lower() in SPLIT_FOLDERS}
+        by_top.setdefault(top if slash else "", []).append(path)
+    loose = by_top.pop("", [])
+    named = {top for top in by_top if top.lower() in SPLIT_FOLDERS}
     # "train" is the default, and what everything is called without splits: it tells nothing.
-    own = (asked - {"train"}) & inside.keys()
+    own = (asked - {"train"}) & by_top.keys()
     nested = any(path.count("/", len(base)) > 1 for path in paths)
-    if inside and (named == inside.keys() or len(named) > 1 or (nested and (named or own))):
-        note = f"left out {_some(loose)}: beside the folders of the splits"
-        splits = {top: (f"{base}{top}/", of_top) for top, of_top in sorted(inside.items())}
+    if by_top and (named == by_top.keys() or len(named) > 1 or (nested and (named or own))):
+        note = f"left out {_first_few(loose)}: beside the folders of the splits"
+        splits = {top: (f"{base}{top}/", of_top) for top, of_top in sorted(by_top.items())}
         return splits, [note] if loose else []
     _refuse_inner_splits(folder, paths, base)
     return {"train": (base, paths)}, []
@@ -291,7 +293,7 @@ def _label(base: str, paths: list[str]) -> tuple[list[ImageFile], list[str]]:
     return list(map(ImageFile, paths, labels)), []
 
 
-def _place(base: str, file: ImageFile) -> bytes:
+def _sort_key(base: str, file: ImageFile) -> bytes:
     """What the images of a split are sorted by."""
     path = file.path[len(base) :]
     return hashlib.sha1(path.encode("utf-8", "surrogateescape")).digest()
@@ -307,7 +309,9 @@ def _summary(splits: dict[str, list[ImageFile]]) -> str:
     else:
         parts = [f"splits {', '.join(f'{printable(n)} ({c})' for n, c in counts.items())}"]
     labels = {file.label for files in splits.values() for file in files if file.label is not None}
-    parts.append(f"{_count(labels, 'label')} ({_some(sorted(labels))})" if labels else "no labels")
+    parts.append(
+        f"{_count(labels, 'label')} ({_first_few(sorted(labels))})" if labels else "no labels"
+    )
     return ", ".join(parts)
 
 
@@ -315,7 +319,7 @@ def _count(things: Collection[object], name: str) -> str:
     return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
 
-def _some(names: list[str]) -> str:
-    """The first few of some names: a, b, c and 7 others."""
+def _first_few(names: list[str]) -> str:
+    """The first of some names: a, b, c and 7 more."""
     shown = ", ".join(printable(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"

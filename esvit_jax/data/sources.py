@@ -96,7 +96,7 @@ class TFRecordSource(_Split):
         The order depends on the seed, on `start_step` (so that a resumed run does not begin with
         what the interrupted one began with) and on the number of processes.
         """
-        logging.info(
+        logging.warning(
             "%s is stored as TFRecord: records are shuffled within %d, not over the whole set, and "
             "the order depends on the number of processes. A resumed run shuffles anew from its "
             "step: some images come twice before others come again. array_record is exact.",
