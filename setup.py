@@ -49,6 +49,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tf": ["tensorflow"],
+        "heic": ["pillow-heif"],
         "torch": ["torch", "transformers"],
         "test": ["beartype", "pillow", "pytest", "pytest-xdist"],
         "dev": ["beartype", "pillow", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],

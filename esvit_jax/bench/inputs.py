@@ -17,8 +17,10 @@ import numpy as np
 from esvit_jax.bench.timing import time_in_turns
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import resized_crop, sample_parameters, to_levels
-from esvit_jax.data.loader import decode, train_batches
-from esvit_jax.data.sources import IMAGE_SUFFIXES, Record, Source
+from esvit_jax.data.decode import decode
+from esvit_jax.data.folders import IMAGE_SUFFIXES
+from esvit_jax.data.loader import train_batches
+from esvit_jax.data.sources import IndexedSource, Record
 from esvit_jax.errors import UserError
 
 PHOTO_SIZE = (500, 375)  # width and height, pixels: about the mean of ImageNet's
@@ -111,7 +113,7 @@ def encoded_photos(folder: str) -> list[bytes]:
 
 
 def decode_simplejpeg(file: bytes, canvas_size: int, scaled: bool = False) -> Any:
-    """`loader.decode` with simplejpeg in place of OpenCV, for comparison.
+    """`decode.decode` with simplejpeg in place of OpenCV, for comparison.
 
     `scaled` lets the decoder skip the frequencies that the canvas does not hold.
     """
@@ -130,7 +132,7 @@ def loader_rate(
 ) -> float:
     """Images a second of `train_batches`, once it is under way."""
     batch_size, batches = NUM_PHOTOS, 16
-    source = Source("photos", "train", (), _Photos(files))
+    source = IndexedSource("photos", "train", (), _Photos(files))
     stream = train_batches(
         source, batch_size=batch_size, canvas_size=canvas_size, seed=0, start_step=0,
         num_workers=num_workers, num_threads=num_threads, max_bad_records=0,

@@ -16,23 +16,17 @@ import itertools
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import grain
 import numpy as np
 from absl import flags, logging
 
-from esvit_jax.data.sources import Record, Source, TFRecordSource
+from esvit_jax.data.decode import DecodeError, decode
+from esvit_jax.data.sources import IndexedSource, Record, Source, TFRecordSource
 from esvit_jax.errors import UserError
 
-# Images are decoded side by side, here and in worker processes (which import this module too);
-# threads of OpenCV's own would only fight for the same cores.
-cv2.setNumThreads(0)
-
-
-class DecodeError(ValueError):
-    """A record that holds no readable image; the message says why."""
+_Item = TypeVar("_Item")
 
 
 class BadRecord(NamedTuple):
@@ -40,59 +34,6 @@ class BadRecord(NamedTuple):
 
     id: str
     why: str
-
-
-def decode(image: bytes | np.ndarray, canvas_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes an image and fits it into a canvas.
-
-    Grey becomes RGB; alpha is dropped, as Pillow's `convert("RGB")` does; 16 bits become the upper
-    8; the EXIF orientation is applied. An image whose longer side exceeds `canvas_size` is scaled
-    down to it by averaging areas; none is scaled up.
-
-    Args:
-      image: the bytes of a JPEG, PNG, WebP, … file, or uint8 or uint16 [h, w], [h, w, 1 | 3 | 4].
-      canvas_size: pixels along the side of the canvas.
-
-    Returns:
-      The canvas uint8[canvas_size, canvas_size, 3], zero outside of the image in its top-left
-      corner, and the image's (height, width) there, int32[2].
-
-    Raises:
-      DecodeError: no image, or one that is cut off.
-    """
-    rgb = _rgb_of_bytes(image) if isinstance(image, bytes) else _rgb_of_array(image)
-    height, width = rgb.shape[:2]
-    scale = canvas_size / max(height, width)
-    if scale < 1:
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
-    canvas = np.zeros((canvas_size, canvas_size, 3), np.uint8)
-    canvas[:height, :width] = rgb
-    return canvas, np.array([height, width], np.int32)
-
-
-def _rgb_of_bytes(data: bytes) -> np.ndarray:
-    if not data:
-        raise DecodeError("it is empty or cannot be read")
-    try:
-        rgb = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error as error:  # such as an image of more pixels than OpenCV allows
-        raise DecodeError(str(error).strip().splitlines()[-1]) from error
-    if rgb is None:
-        raise DecodeError(f"OpenCV reads no whole image from its {len(data)} bytes")
-    return rgb
-
-
-def _rgb_of_array(image: np.ndarray) -> np.ndarray:
-    channels = image.shape[2] if image.ndim == 3 else 1
-    if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
-        raise DecodeError(f"an array {image.dtype}{list(image.shape)} is no image")
-    if channels not in (1, 3, 4):
-        raise DecodeError(f"it has {channels} channels; 1, 3 and 4 can be read")
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    image = image.reshape(*image.shape[:2], channels)[..., :3]
-    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
 class _Example(NamedTuple):
@@ -130,7 +71,7 @@ class _Decoded:
     all others does not change. More than `max_bad_records` are not stepped over: the run stops.
     """
 
-    source: Source
+    source: IndexedSource
     canvas_size: int
     max_bad_records: int
 
@@ -151,7 +92,7 @@ class _Decoded:
 class _Batches:
     """Random access to this process's share of the global batches, by step."""
 
-    examples: Any  # grain.MapDataset[_Example] of the whole run, endless
+    examples: grain.MapDataset[_Example]  # of the whole run, endless
     batch_size: int  # global
     process_index: int
     process_count: int
@@ -171,14 +112,15 @@ class _Batches:
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], tuple[BadRecord, ...]]:
         share = self.batch_size // self.process_count
         first = index * self.batch_size + self.process_index * share
-        examples = list(self.pool.map(self.examples.__getitem__, range(first, first + share)))
+        indices = range(first, first + share)
+        examples = list(self.pool.map(lambda k: self.examples[k], indices))
         return _stack(examples), tuple(itertools.chain(*(example.bad for example in examples)))
 
 
 class _BadRecords:
     """Counts the distinct bad records that this process met, names each once, stops at a limit."""
 
-    def __init__(self, source: Source | TFRecordSource, limit: int):
+    def __init__(self, source: Source, limit: int):
         self.source = source
         self.limit = limit
         self.ids: list[str] = []
@@ -188,20 +130,24 @@ class _BadRecords:
             if record.id not in self.ids:
                 self.ids.append(record.id)
                 _log_bad(self.source, record)
-        if len(self.ids) > self.limit or len(self.ids) == len(self.source):
+        all_bad = len(self.ids) == len(self.source)
+        if len(self.ids) > self.limit or all_bad:
+            advice = "mend the data" if all_bad else "mend the data, or raise the limit"
             raise UserError(
-                f"config.data.max_bad_records = {self.limit}: {len(self.ids)} of the "
-                f"{len(self.source)} records of {self.source.name} {self.source.split} cannot be "
-                f"decoded, the last ones are {', '.join(self.ids[-5:])}; mend the data or raise it"
+                f"{len(self.ids)} of the {len(self.source)} records of {self.source.name} "
+                f"{self.source.split} cannot be decoded, the last ones are "
+                f"{', '.join(self.ids[-5:])}; {advice}",
+                argument="max_bad_records",
+                value=self.limit,
             )
 
 
-def _log_bad(source: Source | TFRecordSource, bad: BadRecord) -> None:
+def _log_bad(source: Source, bad: BadRecord) -> None:
     logging.warning("%s %s: %s cannot be decoded: %s", source.name, source.split, *bad)
 
 
 def train_batches(
-    source: Source | TFRecordSource,
+    source: Source,
     *,
     batch_size: int,
     canvas_size: int,
@@ -234,10 +180,20 @@ def train_batches(
       process_count: number of processes that share a batch.
 
     Raises:
-      UserError: at once, if the processes cannot share a batch evenly; later, on more than
-        `max_bad_records` bad records, or if there are no others.
+      UserError: at once, on an argument out of its range or a `batch_size` that the processes
+        cannot share evenly; from the iterator, of `max_bad_records`, on more bad records than
+        that, or if there are no others.
     """
-    _check_share("config.batch_size", batch_size, process_count)
+    _check_arguments(
+        batch_size=(batch_size, 1),
+        canvas_size=(canvas_size, 1),
+        seed=(seed, 0),
+        start_step=(start_step, 0),
+        num_workers=(num_workers, 0),
+        num_threads=(num_threads, 1),
+        max_bad_records=(max_bad_records, 0),
+    )
+    _check_processes(batch_size, process_index, process_count)
     bad_records = _BadRecords(source, max_bad_records)
     if isinstance(source, TFRecordSource):
         records = source.shuffled(
@@ -265,9 +221,25 @@ def train_batches(
     return _checked_batches(dataset, bad_records, copy=num_workers > 0)
 
 
-def _check_share(field: str, batch_size: int, process_count: int) -> None:
+def _check_arguments(**arguments: tuple[int, int]) -> None:
+    """Checks {argument: (value, least value)}."""
+    for argument, (value, least) in arguments.items():
+        if value < least:
+            raise UserError(f"it must be at least {least}", argument=argument, value=value)
+
+
+def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    _check_arguments(process_count=(process_count, 1), process_index=(process_index, 0))
+    if process_index >= process_count:
+        raise UserError(
+            f"there are {process_count} processes", argument="process_index", value=process_index
+        )
     if batch_size % process_count:
-        raise UserError(f"{field} = {batch_size} cannot be shared by {process_count} processes")
+        raise UserError(
+            f"{process_count} processes cannot share it evenly",
+            argument="batch_size",
+            value=batch_size,
+        )
 
 
 def _checked_batches(
@@ -302,7 +274,7 @@ def _stream_batches(
 
 
 def eval_batches(
-    source: Source | TFRecordSource,
+    source: Source,
     *,
     batch_size: int,
     canvas_size: int,
@@ -315,7 +287,8 @@ def eval_batches(
 
     Each batch has, beside the fields of a training batch, "mask" bool[b], False for padding after
     the last record and for records that cannot be decoded (which the log names), and "id", a list
-    of b strings ("" for padding). Masked canvases are black, of size 1 × 1 and label -1.
+    of b strings ("" for padding). Masked canvases are black, of size 1 × 1 and label -1. So the
+    images of a source are as many as the mask is true, and may be fewer than its records.
 
     Args:
       source: what to read.
@@ -327,27 +300,46 @@ def eval_batches(
       process_count: number of processes that share a batch.
 
     Raises:
-      UserError: the processes cannot share a batch evenly.
+      UserError: an argument out of its range, or a `batch_size` that the processes cannot share
+        evenly.
     """
-    _check_share("config.evaluate.batch_size", batch_size, process_count)
+    _check_arguments(
+        batch_size=(batch_size, 1),
+        canvas_size=(canvas_size, 1),
+        num_threads=(num_threads, 1),
+        first_batch=(first_batch, 0),
+    )
+    _check_processes(batch_size, process_index, process_count)
     share = batch_size // process_count
-    # Indices are read in the threads; a stream of records is read here.
-    items = source.in_order() if isinstance(source, TFRecordSource) else range(len(source))
-    items = itertools.islice(items, first_batch * batch_size, None)
-    padded = itertools.chain(items, itertools.repeat(None, -len(source) % batch_size))
-    mine = (item for k, item in enumerate(padded) if k % batch_size // share == process_index)
+    # A source with random access is read in the threads, a stream of records here.
+    if isinstance(source, TFRecordSource):
+        reads = (functools.partial(_itself, record) for record in source.in_order())
+    else:
+        reads = (functools.partial(source.__getitem__, i) for i in range(len(source)))
+    reads = itertools.islice(reads, first_batch * batch_size, None)
+    padding = itertools.repeat(_padding_record, -len(source) % batch_size)
+    mine = (
+        read
+        for k, read in enumerate(itertools.chain(reads, padding))
+        if k % batch_size // share == process_index
+    )
 
-    def example(item: Any) -> _Example:
-        if item is None:
-            return _decode_record({"image": b"", "label": -1, "id": ""}, canvas_size)
-        record = item if isinstance(source, TFRecordSource) else source[item]
-        return _decode_record(record, canvas_size)
+    def example(read: Callable[[], Record]) -> _Example:
+        return _decode_record(read(), canvas_size)
 
     return _eval_batches(source, _map_ahead(example, mine, num_threads), share)
 
 
+def _itself(record: Record) -> Record:
+    return record
+
+
+def _padding_record() -> Record:
+    return {"image": b"", "label": -1, "id": ""}
+
+
 def _eval_batches(
-    source: Source | TFRecordSource, examples: Iterator[_Example], share: int
+    source: Source, examples: Iterator[_Example], share: int
 ) -> Generator[dict[str, Any], None, None]:
     while batch := list(itertools.islice(examples, share)):
         for bad in itertools.chain(*(example.bad for example in batch)):
@@ -361,7 +353,7 @@ def _eval_batches(
 
 
 def _map_ahead(
-    function: Callable[[Any], _Example], items: Iterable[Any], num_threads: int
+    function: Callable[[_Item], _Example], items: Iterable[_Item], num_threads: int
 ) -> Iterator[_Example]:
     """`map` in threads, in order, a few results ahead of what is asked for."""
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:

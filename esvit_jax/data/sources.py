@@ -1,30 +1,30 @@
 """Where images come from: TFDS data sets and folders as records, encoded as they were stored.
 
-`open_source` gives a `Source` (random access) or, for TFRecord files, a `TFRecordSource` (stream).
-Nothing here decodes an image; `loader.py` does, once.
+`open_source` gives a `Source`: an `IndexedSource` (random access) or, for TFRecord files, a
+`TFRecordSource` (stream). Nothing here decodes an image; `loader.py` does, once.
 """
 
 import bisect
 import dataclasses
-import hashlib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from tensorflow_datasets.core import read_only_builder
+from google.protobuf import json_format
+from tensorflow_datasets.core import constants, read_only_builder
 
+from esvit_jax.data.folders import printable, read_folder
 from esvit_jax.errors import UserError
 
 BUNDLED = Path(__file__).parent / "bundled"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-# Folders of these names hold splits even where they hold images directly (no labels).
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 # Records of a TFRecord stream that are shuffled among each other, still encoded.
 SHUFFLE_BUFFER = 8192
+_Builder = Any  # tfds.core.DatasetBuilder, whose own annotations do not fit its methods
 
 
 class Record(TypedDict):
@@ -55,10 +55,10 @@ class _Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(_Split):
+class IndexedSource(_Split):
     """Records with random access: `source[i]` for 0 ≤ i < len(source). Pickles.
 
-    Ids are unique: TFDS's `shard__index`, or the path of a file below its folder.
+    Ids are unique: TFDS's `shard__index`, or the path of a file below its folder, `printable`.
     """
 
     records: _Records
@@ -77,7 +77,7 @@ class TFRecordSource(_Split):
     """Records of TFRecord files: no random access, read in order or as a shuffled stream."""
 
     length: int  # records in the split
-    builder: Any  # tfds.core.DatasetBuilder
+    builder: _Builder
     image_key: str
     label_key: str | None
 
@@ -96,7 +96,7 @@ class TFRecordSource(_Split):
         The order depends on the seed, on `start_step` (so that a resumed run does not begin with
         what the interrupted one began with) and on the number of processes.
         """
-        logging.info(
+        logging.warning(
             "%s is stored as TFRecord: records are shuffled within %d, not over the whole set, and "
             "the order depends on the number of processes. A resumed run shuffles anew from its "
             "step: some images come twice before others come again. array_record is exact.",
@@ -105,8 +105,10 @@ class TFRecordSource(_Split):
         )
         if self.length < process_count:
             raise UserError(
-                f"config.data: {self.name} {self.split} has {self.length} records, fewer than the "
-                f"{process_count} processes that share them"
+                f"{self.name} {self.split} has {self.length} records, fewer than the processes "
+                "that share them",
+                argument="process_count",
+                value=process_count,
             )
         share = tfds.even_splits(self.split, process_count)[process_index]
         entropy = np.random.SeedSequence((seed, start_step))
@@ -144,6 +146,9 @@ class TFRecordSource(_Split):
             }
 
 
+Source = IndexedSource | TFRecordSource
+
+
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
     """Records of array_record (or Parquet) files; reads neither TensorFlow nor other features."""
@@ -175,8 +180,8 @@ class _TfdsRecords:
 class _FolderRecords:
     """Image files, read whole; a file that cannot be read has no bytes, so decoding names it."""
 
-    root: Path
-    files: tuple[str, ...]  # below root
+    folder: str
+    files: tuple[str, ...]  # below the folder
     labels: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -184,36 +189,37 @@ class _FolderRecords:
 
     def __getitem__(self, index: int) -> Record:
         try:
-            image = (self.root / self.files[index]).read_bytes()
+            image = Path(self.folder, self.files[index]).read_bytes()
         except OSError:
             image = b""
-        return {"image": image, "label": self.labels[index], "id": self.files[index]}
+        return {"image": image, "label": self.labels[index], "id": printable(self.files[index])}
 
 
-def open_source(name: str, split: str, data_dir: str | None = None) -> Source | TFRecordSource:
+def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens one split of a data set by `config.data.name`.
 
     Args:
       name: one of
         `bundled/NAME`, a data set inside this package;
         `folder:PATH`, images as PATH/split/label/image, PATH/split/image, PATH/label/image or
-        PATH/image: without split folders everything is the split "train", in a fixed shuffled
-        order, so that slices are fair samples;
+        PATH/image, or nested otherwise (see `folders.read_folder`): without split folders
+        everything is the split "train", in a fixed shuffled order, so that slices are fair
+        samples;
         a directory (local or gs://) that holds a prepared TFDS data set (features.json);
         a TFDS name, `name`, `name/config` or `name:version`, already prepared in `data_dir`.
       split: a split or a slice or sum of splits, as in TFDS: "train", "train[:90%]", "test[-500:]".
       data_dir: where TFDS data sets lie; None or "" is TFDS's own default.
 
     Raises:
-      UserError: nothing there, no such split, an empty split, no image feature; or TFRecord files
-        and no TensorFlow.
+      UserError: of `name`: nothing there, no image feature, or TFRecord files and no TensorFlow;
+        of `split`: no such split, or a slice that selects nothing; of `data_dir`: not there.
     """
     if name.startswith("folder:"):
         return _open_folder(name, split)
     return _open_tfds(name, split, _tfds_builder(name, data_dir))
 
 
-def _open_tfds(name: str, split: str, builder: Any) -> Source | TFRecordSource:
+def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
     info = builder.info
     image_key, label_key = _find_features(name, info.features)
     length = sum(stop - start for _, start, stop in _slices(name, split, info.splits))
@@ -222,20 +228,25 @@ def _open_tfds(name: str, split: str, builder: Any) -> Source | TFRecordSource:
     formats = {file_format.value for file_format in info.available_file_formats()}
     if not formats & {"array_record", "parquet"}:
         if importlib.util.find_spec("tensorflow") is None:
-            raise UserError(
-                f"config.data.name: {name} is stored as {'/'.join(formats)}, which needs "
-                "TensorFlow: pip install esvit_jax[tf], or prepare it again with "
-                "`tfds build --file_format=array_record`"
+            raise _name_error(
+                name,
+                f"it is stored as {'/'.join(formats)}, which needs TensorFlow: pip install "
+                "esvit_jax[tf], or prepare it again with `tfds build --file_format=array_record`",
             )
         return TFRecordSource(name, split, class_names, length, builder, image_key, label_key)
 
     raw = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     if len(raw) != length:  # TFDS reads Parquet files whole, whatever the slice
         raise UserError(
-            f"config.data: {split!r} of {name} needs array_record files; of its "
-            f"{'/'.join(formats)} files only whole splits can be read"
+            f"of the {'/'.join(formats)} files of {name} only whole splits can be read; "
+            "parts need array_record files",
+            argument="split",
+            value=split,
         )
     files = info.splits[split].file_instructions
+    for file in files:
+        if "://" not in file.filename and not Path(file.filename).exists():
+            raise _name_error(name, f"it is no whole TFDS data set: {file.filename} is missing")
     keys = [key for key in (image_key, label_key) if key]
     records = _TfdsRecords(
         raw=raw,
@@ -245,40 +256,56 @@ def _open_tfds(name: str, split: str, builder: Any) -> Source | TFRecordSource:
         shards=tuple((Path(file.filename).name, file.skip) for file in files),
         starts=tuple(np.cumsum([0] + [file.take for file in files])[:-1].tolist()),
     )
-    return Source(name, split, class_names, records)
+    return IndexedSource(name, split, class_names, records)
 
 
-def _tfds_builder(name: str, data_dir: str | None) -> Any:
+def _tfds_builder(name: str, data_dir: str | None) -> _Builder:
     if name.startswith("bundled/"):
         directory = BUNDLED / name.removeprefix("bundled/")
         if not (directory / "features.json").is_file():
             there = sorted(f"bundled/{p.parent.name}" for p in BUNDLED.glob("*/features.json"))
-            raise UserError(f"config.data.name: {name}: there is only {', '.join(there)}")
+            raise _name_error(name, f"there is only {', '.join(there)}")
         return tfds.builder_from_directory(directory)
 
-    is_path = name.startswith(("/", ".", "~")) or "://" in name
     try:
         directory = tfds.core.Path(name).expanduser()
         if (directory / "features.json").exists():
             return tfds.builder_from_directory(directory)
+        is_directory = directory.is_dir()
     except ImportError as error:
-        raise UserError(f"config.data.name: {name} cannot be read here: {error}") from error
-    if is_path:
-        raise UserError(
-            f"config.data.name: {name} holds no features.json, so it is no prepared TFDS data set "
-            "(…/name/version); a folder of images is written folder:PATH"
+        raise _name_error(name, f"it cannot be read here: {error}") from error
+    except (OSError, ValueError, KeyError, json_format.Error) as error:
+        raise _name_error(name, f"it is no whole TFDS data set: {_one_line(error)}") from error
+    if name.startswith(("/", ".", "~")) or "://" in name:
+        raise _name_error(
+            name,
+            "it holds no features.json, so it is no prepared TFDS data set (…/name/version); a "
+            f"folder of images is written folder:{name}"
+            if is_directory
+            else "there is no such directory",
         )
+    if data_dir and not tfds.core.Path(data_dir).expanduser().is_dir():
+        raise UserError("there is no such directory", argument="data_dir", value=data_dir)
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except ValueError as error:  # not found, or not a TFDS name at all
-        where = data_dir or "TFDS's own data_dir"
-        raise UserError(
-            f"config.data.name: {name} is not prepared in {where}; prepare it with "
-            f"`tfds build {name} --file_format=array_record`, or set config.data.data_dir"
+        raise _name_error(
+            name,
+            f"it is not prepared in {data_dir or constants.DATA_DIR}; prepare it with "
+            f"`tfds build {name} --file_format=array_record`, or set data_dir to where it is"
+            + (f"; a folder of images is written folder:{name}" if is_directory else ""),
         ) from error
 
 
-def _find_features(name: str, features: Any) -> tuple[str, str | None]:
+def _name_error(name: str, message: str) -> UserError:
+    return UserError(message, argument="name", value=name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _find_features(name: str, features: tfds.features.FeaturesDict) -> tuple[str, str | None]:
     """Keys of the image and the label; "image" and "label" win, else the first of their type."""
 
     def find(kind: type, preferred: str) -> str | None:
@@ -287,13 +314,11 @@ def _find_features(name: str, features: Any) -> tuple[str, str | None]:
 
     image_key = find(tfds.features.Image, "image")
     if image_key is None:
-        raise UserError(
-            f"config.data.name: {name} has no image feature; it has {', '.join(features)}"
-        )
+        raise _name_error(name, f"it has no image feature; it has {', '.join(features)}")
     if features[image_key].np_dtype not in (np.uint8, np.uint16):
-        raise UserError(
-            f"config.data.name: images of {name} are {features[image_key].np_dtype}; "
-            "uint8 and uint16 can be read"
+        raise _name_error(
+            name,
+            f"its images are {features[image_key].np_dtype}; uint8 and uint16 can be read",
         )
     return image_key, find(tfds.features.ClassLabel, "label")
 
@@ -304,82 +329,49 @@ def _slices(name: str, split: str, splits: tfds.core.SplitDict) -> list[tuple[st
     Raises:
       UserError: an unknown split, a spec that cannot be read, or nothing selected.
     """
+    sizes = {key: info.num_examples for key, info in splits.items()}
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    except (ValueError, AssertionError, NotImplementedError) as error:
+        bounds = [slice(p.from_, p.to).indices(sizes[p.splitname]) for p in parts]
+    except (ValueError, AssertionError, NotImplementedError, AttributeError, TypeError) as error:
+        known = ", ".join(
+            f"{key} ({size} record{'s' * (size != 1)})" for key, size in sizes.items()
+        )
         raise UserError(
-            f"config.data: {name} has no split {split!r}; it has {', '.join(splits)}, and slices "
-            "such as train[:90%] work"
+            f"{name} has no such split or slice; it has {known}; a slice is train[:90%], say",
+            argument="split",
+            value=split,
         ) from error
-    bounds = [slice(p.from_, p.to).indices(splits[p.splitname].num_examples) for p in parts]
-    slices = [(p.splitname, start, stop) for p, (start, stop, _) in zip(parts, bounds, strict=True)]
-    if sum(stop - start for _, start, stop in slices) == 0:
-        raise UserError(f"config.data: split {split!r} of {name} holds no records")
-    return slices
+    for part, (start, stop, _) in zip(parts, bounds, strict=True):
+        if stop <= start:
+            raise UserError(
+                f"of the {sizes[part.splitname]} records of {part.splitname} in {name}, a slice "
+                f"selects none: it goes from {start} to {stop}",
+                argument="split",
+                value=split,
+            )
+    return [(p.splitname, start, stop) for p, (start, stop, _) in zip(parts, bounds, strict=True)]
 
 
-def _open_folder(name: str, split: str) -> Source:
-    root = Path(name.removeprefix("folder:")).expanduser()
-    if not root.is_dir():
-        raise UserError(f"config.data.name: {name}: there is no folder {root}")
-    folders = _folders(root)
-    has_splits = any(map(_folders, folders)) or (
-        folders and all(folder.name in SPLIT_FOLDERS for folder in folders)
-    )
-    split_folders = {f.name: f for f in folders} if has_splits else {"train": root}
-    images = {key: _images(folder) for key, folder in split_folders.items()}
+def _open_folder(name: str, split: str) -> IndexedSource:
+    folder = name.removeprefix("folder:")
+    try:
+        images = read_folder(folder, split)
+    except UserError as error:
+        raise _name_error(name, error.message) from error
     infos = [
         tfds.core.SplitInfo(name=key, shard_lengths=[len(files)], num_bytes=0)
         for key, files in images.items()
-        if files
     ]
-    if not infos:
-        raise UserError(
-            f"config.data.name: {name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}) as "
-            "split/label/image, label/image or image"
-        )
     slices = _slices(name, split, tfds.core.SplitDict(infos))
     files = [file for key, start, stop in slices for file in images[key][start:stop]]
     # Of all splits, so that a class has the same label in each of them.
-    labels = {file.label for of_split in images.values() for file in of_split if file.label}
-    class_names = tuple(sorted(labels))
+    labels = {file.label for of_split in images.values() for file in of_split}
+    class_names = sorted(label for label in labels if label is not None)
     class_ids = {class_name: label for label, class_name in enumerate(class_names)}
     records = _FolderRecords(
-        root=root,
-        files=tuple(file.path.relative_to(root).as_posix() for file in files),
-        labels=tuple(class_ids[file.label] if file.label else -1 for file in files),
+        folder=os.path.expanduser(folder),
+        files=tuple(file.path for file in files),
+        labels=tuple(-1 if file.label is None else class_ids[file.label] for file in files),
     )
-    return Source(name, split, class_names, records)
-
-
-class _File(NamedTuple):
-    path: Path
-    label: str | None
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(folder: Path) -> list[_File]:
-    """Images of a split, as label/image or without labels, in an order fixed by their names alone.
-
-    Sorted by a hash of the path: a slice is a fair sample, and a new file moves no other.
-    """
-
-    def files(directory: Path, label: str | None) -> list[_File]:
-        paths = [p for p in directory.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-        return [_File(p, label) for p in paths if not p.name.startswith(".")]
-
-    flat = files(folder, None)
-    labelled = [file for label in _folders(folder) for file in files(label, label.name)]
-    if flat and labelled:
-        raise UserError(
-            f"config.data.name: folder:{folder} holds images ({flat[0].path.name}) beside folders "
-            f"of images ({labelled[0].label}); give every image a label folder, or none"
-        )
-
-    def key(file: _File) -> bytes:
-        return hashlib.sha1(file.path.relative_to(folder).as_posix().encode()).digest()
-
-    return sorted(flat or labelled, key=key)
+    return IndexedSource(name, split, tuple(map(printable, class_names)), records)
