@@ -29,6 +29,7 @@ from esvit_jax.interop.formats.base import (
 )
 from esvit_jax.interop.load import load
 from esvit_jax.interop.names.published import params_from_state_dict
+from esvit_jax.interop.names.swin import SwinFamily
 from esvit_jax.models import create_model
 from esvit_jax.state import init_params
 
@@ -243,7 +244,7 @@ def test_refusals_write_nothing(workdir, tmp_path, options, message):
 
 def test_existing_folder_is_kept(workdir, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"out exists already"):
+    with pytest.raises(UserError, match=r"it exists already"):
         export(workdir, tmp_path / "out", format="esvit")
     assert not list((tmp_path / "out").iterdir())
 
@@ -288,8 +289,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_a_format_that_lacks_the_backbone(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(swin.SwinFamily, "timm", None)
-    with pytest.raises(UserError, match="^format = 'timm': timm has no Swin"):
+    monkeypatch.setattr(SwinFamily, "timm", None)
+    with pytest.raises(UserError, match="^timm has no Swin; take another format"):
         export(workdir, tmp_path / "out", format="timm")
 
 
