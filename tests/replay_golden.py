@@ -18,7 +18,7 @@ import optax
 from einops import rearrange
 
 from esvit_jax import optim, parallel, steps
-from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import EsViT, Swin
 from esvit_jax.state import TrainState, create_state
 

@@ -142,8 +142,8 @@ def test_peer_computes_the_same_loss(tiny_config):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from esvit_jax.bench import peer
-    from esvit_jax.interop.files import state_dict_from_params
-    from esvit_jax.interop.formats.huggingface import to_huggingface
+    from esvit_jax.interop.names.published import state_dict_from_params
+    from esvit_jax.interop.names.swin import to_transformers as to_huggingface
 
     config = one_device_config(tiny_config)
     config.backbone.drop_path_rate = 0.0

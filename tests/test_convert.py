@@ -1,12 +1,10 @@
-"""Checkpoints in: names, strictness, inference from shapes, other windows, init_from."""
+"""Checkpoints in: names, strictness, other windows, refusals."""
 
-import argparse
-import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,10 +17,9 @@ from esvit_jax.commands.convert import main
 from esvit_jax.config import default_config
 from esvit_jax.errors import UserError
 from esvit_jax.interop import convert as convert_module
-from esvit_jax.interop.convert import convert, resize_bias_table
-from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
-from esvit_jax.interop.infer import infer_backbone
-from esvit_jax.interop.initialize import init_from
+from esvit_jax.interop.convert import convert
+from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.names.swin import resize_bias_table, to_transformers
 from esvit_jax.models import PRESETS, EsViT, create_backbone, create_model
 from esvit_jax.models.attention import relative_position_index, shift_mask
 from esvit_jax.state import init_params
@@ -44,9 +41,14 @@ def small_config(image_size=64, window_size=4, region=True):
     return config
 
 
-@functools.cache
+SHAPES: dict[str, Any] = {}
+
+
 def shapes_of(model):
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    """Traced once for each model that the tests have."""
+    if repr(model) not in SHAPES:
+        SHAPES[repr(model)] = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return SHAPES[repr(model)]
 
 
 def random_params(config, seed):
@@ -174,7 +176,7 @@ def test_key_chooses_the_network(tmp_path):
     convert(file, tmp_path / "a", key="student")
     assert_same(checkpoint.load_model(tmp_path / "a").params, student)
     only = {name: x for name, x in tensors.items() if name.startswith("teacher.")}
-    with pytest.raises(UserError, match="it holds no student, only the teacher"):
+    with pytest.raises(UserError, match="key = 'student': .* holds no student, only the teacher"):
         convert(write(tmp_path / "t.safetensors", only), tmp_path / "t", key="student")
     convert(tmp_path / "t.safetensors", tmp_path / "t")
     loaded = checkpoint.load_model(tmp_path / "t")
@@ -232,6 +234,67 @@ def test_nothing_is_overwritten(tmp_path):
     assert not list((tmp_path / "a").iterdir())
 
 
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    centers = both_centers()
+    centers["center"][0, :2] = -np.inf
+    tensors, _, _ = published(small_config(), **centers)
+    tensors["teacher.norm.weight"][5] = np.nan
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError) as error:
+        convert(file, tmp_path / "a")
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith(str(file))
+    assert [line.strip() for line in lines] == [
+        "teacher norm.weight: 1 of its 32 values are not finite",
+        "view center: 2 of its 16 values are not finite",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_patches_of_no_pixels_are_refused(tmp_path):
+    tensors, _, _ = published(small_config())
+    for network in ("student.module", "teacher"):
+        tensors[f"{network}.patch_embed.proj.weight"] = np.zeros((8, 3, 0, 0), np.float32)
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=r"proj.weight of shape \[8, 3, 0, 0\] is empty"):
+        convert(file, tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_heads_that_do_not_divide_the_features(tmp_path):
+    tensors, _ = supervised(small_config(), "microsoft")
+    for name in list(tensors):
+        if name.startswith("layers.1.") and name.endswith("bias_table"):
+            tensors[name] = np.zeros((49, 3), np.float32)
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=r"a\.safetensors: .*num_heads = \(1, 3, 4\)"):
+        convert(file, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": "both"}, "key = 'both': it must be 'teacher' or 'student'"),
+        ({"window_size": 0}, "window_size = 0: it must be at least 1"),
+        ({"image_size": 0}, "image_size = 0: it must be at least 1"),
+        ({"image_size": 30}, r"image_size = 30: the bias tables are of windows \[4, 4, 4\]"),
+    ],
+)
+def test_arguments_are_named(tmp_path, options, message):
+    file = write(tmp_path / "a.safetensors", published(small_config())[0])
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        convert(file, tmp_path / "a", **options)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.safetensors", supervised(small_config(), "timm")[0])
+    convert("~/a.safetensors", "~/deep/a")
+    assert checkpoint.has_checkpoint(tmp_path / "deep" / "a")
+
+
 # Supervised backbones.
 
 
@@ -239,6 +302,8 @@ def supervised(config, kind):
     """The tensors of a supervised Swin by Microsoft's or timm's names, and its params."""
     params = {"backbone": random_params(config, 4)["backbone"]}
     tensors = state_dict_from_params(params)
+    if kind == "transformers":
+        return to_transformers(tensors), params
     if kind == "timm":  # since 0.9
         tensors = {
             re.sub(
@@ -258,21 +323,22 @@ def supervised(config, kind):
     return tensors, params
 
 
-@pytest.mark.parametrize("kind", ["microsoft", "timm"])
+@pytest.mark.parametrize("kind", ["microsoft", "timm", "transformers"])
 def test_supervised_swins_become_backbones(tmp_path, kind):
     tensors, params = supervised(small_config(), kind)
-    lines = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
+    size = 64 if kind == "transformers" else None  # the others have shift masks
+    lines = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a", image_size=size)
     loaded = checkpoint.load_model(tmp_path / "a")
     assert_same(loaded.teacher, params)
     assert_same(loaded.student, params)
     assert loaded.centers == {}
+    if kind != "transformers":
+        assert f"left behind: model head{'.fc' * (kind == 'timm')}.weight" in lines[-1]
     assert loaded.config.backbone.image_size == 64
-    assert f"left behind: model head{'.fc' * (kind == 'timm')}.weight" in lines[-1]
-    variables = {"params": loaded.params["backbone"]}
     view = jax.eval_shape(
-        lambda images: loaded.model.backbone.apply(variables, images).view_features,
+        lambda images: loaded.model.backbone.forward(loaded.params["backbone"], images),
         jnp.zeros((1, 64, 64, 3)),
-    )
+    ).view_features
     assert view.shape == (1, 32)
 
 
@@ -292,69 +358,7 @@ def test_bfloat16_and_half_become_float32(tmp_path):
     np.testing.assert_array_equal(kernel, rounded.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-def tables(windows, embed_dim=96, heads=(3, 6, 12, 24), depths=(2, 2, 6, 2), patch=4):
-    tensors = {"patch_embed.proj.weight": np.zeros((embed_dim, 3, patch, patch))}
-    for i, window in enumerate(windows):
-        for j in range(depths[i]):
-            name = f"layers.{i}.blocks.{j}.attn.relative_position_bias_table"
-            tensors[name] = np.zeros(((2 * window - 1) ** 2, heads[i]))
-    return tensors
-
-
-@pytest.mark.parametrize(
-    "windows,window_size,image_size,why",
-    [
-        ((7, 7, 7, 7), 7, 224, "assumed"),
-        ((14, 14, 14, 7), 14, 224, "assumed"),
-        ((12, 12, 12, 12), 12, 384, "smallest"),
-        ((14, 14, 14, 12), 14, 384, "smallest"),
-    ],
-)
-def test_window_and_image_size_from_tables(windows, window_size, image_size, why):
-    fields, how = infer_backbone(tables(windows), None)
-    assert fields["name"] == "swin_tiny"
-    assert (fields["window_size"], fields["image_size"]) == (window_size, image_size)
-    assert why in how
-
-
-def test_shift_masks_and_the_user_tell_the_image_size():
-    tensors = tables((7, 7, 7, 7), depths=(2, 2, 18, 2))
-    assert infer_backbone(tensors, 448)[0]["image_size"] == 448
-    tensors["layers.0.blocks.1.attn_mask"] = np.zeros((256, 49, 49))
-    fields, how = infer_backbone(tensors, None)
-    assert (fields["name"], fields["image_size"]) == ("swin_small", 448)
-    assert how == "from its shift masks"
-    with pytest.raises(UserError, match=r"windows \[7, 7, 7, 7\].*--image_size=96"):
-        infer_backbone(tensors, 96)
-    with pytest.raises(UserError, match="no Swin has at any image size"):
-        infer_backbone(tables((7, 7, 6, 7)), None)
-
-
 # Other windows.
-
-
-@pytest.mark.parametrize("old,new", [(7, 14), (7, 12), (12, 7), (4, 4)])
-def test_bias_tables_are_resized_bicubically(old, new):
-    table = np.random.default_rng(old).standard_normal(((2 * old - 1) ** 2, 3)).astype(np.float32)
-    ours = resize_bias_table(table, new)
-    # OpenCV's cubic is the same kernel, with repeated borders and corners not aligned.
-    side = 2 * old - 1
-    theirs = cv2.resize(
-        table.reshape(side, side, 3), (2 * new - 1,) * 2, interpolation=cv2.INTER_CUBIC
-    )
-    np.testing.assert_allclose(ours, theirs.reshape(-1, 3), atol=2e-6)
-    if old == new:
-        np.testing.assert_array_equal(ours, table)
-
-
-def test_bias_tables_are_resized_as_torch_does():
-    torch = pytest.importorskip("torch")
-    table = np.random.default_rng(0).standard_normal((13**2, 3)).astype(np.float32)
-    theirs = torch.nn.functional.interpolate(
-        torch.tensor(table.T.reshape(1, 3, 13, 13)).double(), size=(27, 27), mode="bicubic"
-    )
-    theirs = theirs.reshape(3, -1).T.numpy()
-    np.testing.assert_allclose(resize_bias_table(table, 14), theirs, atol=1e-6)
 
 
 def test_window_leaves_a_stage_that_it_covers(tmp_path):
@@ -376,144 +380,15 @@ def test_window_leaves_a_stage_that_it_covers(tmp_path):
     np.testing.assert_array_equal(table(loaded.teacher, 2), table(teacher, 2))
 
 
-# Files.
-
-
-def test_files_of_torch(tmp_path):
-    torch = pytest.importorskip("torch")
-    centers = both_centers()
-    tensors, student, teacher = published(small_config(), **centers)
-
-    def network(prefix):
-        return {
-            name.removeprefix(prefix): torch.tensor(np.ascontiguousarray(x))
-            for name, x in tensors.items()
-            if name.startswith(prefix)
-        }
-
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    content = {
-        "student": network("student."),
-        "teacher": network("teacher."),
-        "dino_loss": {name: torch.tensor(x) for name, x in centers.items()},
-        "optimizer": optimizer.state_dict(),
-        "fp16_scaler": None,
-        "epoch": 7,
-        "args": argparse.Namespace(arch="swin_tiny", lr=0.1),
-    }
-    torch.save(content, tmp_path / "a.pth")
-    lines = convert(tmp_path / "a.pth", tmp_path / "a")
-    loaded = checkpoint.load_model(tmp_path / "a")
-    assert_same(loaded.student, student)
-    assert_same(loaded.teacher, teacher)
-    assert loaded.facts["epoch"] == 7
-    assert "left behind: optimizer, fp16_scaler, args" in lines
-
-    model = {
-        n: torch.tensor(np.ascontiguousarray(x))
-        for n, x in supervised(small_config(), "microsoft")[0].items()
-    }
-    half = {n: x.to(torch.bfloat16) if x.is_floating_point() else x for n, x in model.items()}
-    torch.save({"model": half}, tmp_path / "b.pth")
-    convert(tmp_path / "b.pth", tmp_path / "b")
-    bias = checkpoint.load_model(tmp_path / "b").params["backbone"]["norm"]["bias"]
-    np.testing.assert_array_equal(bias, half["norm.bias"].float().numpy())
-
-
-class RunsCode:
-    def __reduce__(self):
-        return print, ("this file ran code",)
-
-
-def test_files_that_run_code_or_are_none_are_refused(tmp_path, capsys):
-    torch = pytest.importorskip("torch")
-    file = tmp_path / "a.pth"
-    torch.save({"teacher": {}, "args": RunsCode()}, file)
-    with pytest.raises(UserError, match=r"would run code when read \(\w*\.?print\)") as error:
-        convert(file, tmp_path / "a")
-    assert "\n" not in str(error.value)
-    assert "ran code" not in capsys.readouterr().out
-    for content in (b"", b"no pickle at all", file.read_bytes()[:100]):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match="is no file of torch.save") as error:
-            convert(file, tmp_path / "a")
-        assert "\n" not in str(error.value)
-    torch.save([torch.zeros(3)], file)
-    with pytest.raises(UserError, match="holds a list, not a dict of tensors"):
-        convert(file, tmp_path / "a")
-
-
-def test_files_without_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    (tmp_path / "a.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"needs torch: pip install esvit_jax\[torch\]"):
-        convert(tmp_path / "a.pth", tmp_path / "a")
-    with pytest.raises(UserError, match="there is no such file"):
-        convert(tmp_path / "b.pth", tmp_path / "a")
-    (tmp_path / "a.safetensors").write_bytes(b"no header, just a sentence")
-    with pytest.raises(UserError, match="is no safetensors file"):
-        convert(tmp_path / "a.safetensors", tmp_path / "a")
-    write(tmp_path / "vit.safetensors", {"blocks.0.norm1.weight": np.zeros(4, np.float32)})
-    with pytest.raises(UserError, match=r"holds no Swin.*its 1 names begin with blocks\.0"):
-        convert(tmp_path / "vit.safetensors", tmp_path / "a")
-
-
 def test_command_line(tmp_path, capsys):
     tensors, _, _ = published(small_config(), **both_centers())
     file = write(tmp_path / "a.safetensors", tensors)
     main([f"--from={file}", f"--to={tmp_path / 'a'}", "--key=student", "--image_size=64"])
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert progress.splitlines() == [f"reading {file}", "writing it as a checkpoint"]
     assert "image size 64: as told" in printed
     assert "view and region heads of 16 prototypes (hidden 12, bottleneck 6)" in printed
     assert printed.endswith(f"written: {tmp_path / 'a'}\n")
-    with pytest.raises(UserError, match="--window=0"):
-        main([f"--from={file}", f"--to={tmp_path / 'b'}", "--window=0"])
-
-
-# config.init_from.
-
-
-def test_init_from(tmp_path):
-    tensors, _, teacher = published(small_config(), **both_centers())
-    path = str(tmp_path / "a")
-    convert(write(tmp_path / "a.safetensors", tensors), path)
-    params = random_params(small_config(), 5)
-
-    new, report = init_from(params, path, "all")
-    assert_same(new, teacher)
-    assert report.startswith("loaded backbone, region_head, view_head (")
-    new, report = init_from(params, path, "backbone")
-    assert_same(new["backbone"], teacher["backbone"])
-    assert_same(new["view_head"], params["view_head"])
-    assert "; random: region_head, view_head" in report
-
-    view_only = {part: params[part] for part in ("backbone", "view_head")}
-    new, report = init_from(view_only, path, "all")
-    assert set(new) == {"backbone", "view_head"}
-    assert report.endswith("; not used: region_head")
-
-
-def test_init_from_refuses_what_does_not_fit(tmp_path):
-    tensors, params = supervised(small_config(), "microsoft")
-    path = str(tmp_path / "a")
-    convert(write(tmp_path / "a.safetensors", tensors), path)
-    with pytest.raises(UserError, match="init_parts = 'backbone' leaves the heads random") as error:
-        init_from(random_params(small_config(), 5), path, "all")
-    assert "missing: view_head/last_layer/weight_g" in str(error.value)
-    new, _ = init_from(random_params(small_config(), 5), path, "backbone")
-    assert_same(new["backbone"], params["backbone"])
-
-    with pytest.raises(UserError) as error:
-        init_from(random_params(small_config(window_size=8), 5), path, "backbone")
-    _, *lines = str(error.value).splitlines()
-    table = "attn/relative_position_bias_table"
-    assert [line.strip() for line in lines] == [
-        f"wrong shape: backbone/layers_0/blocks_0/{table} is [49, 1], not [225, 1]",
-        f"wrong shape: backbone/layers_0/blocks_1/{table} is [49, 1], not [225, 1]",
-        f"wrong shape: backbone/layers_1/blocks_0/{table} is [49, 2], not [225, 2]",
-    ]
-    with pytest.raises(UserError, match="is no workdir"):
-        init_from({}, str(tmp_path / "nothing"), "all")
+    for flag in ("--window=0", "--image_size=30", "--from=missing.safetensors", "--to=a/../"):
+        with pytest.raises(UserError, match=f"^{flag}: "):
+            main([f"--from={file}", f"--to={tmp_path / 'b'}", flag])

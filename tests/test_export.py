@@ -1,10 +1,10 @@
 """Backbones out: names, features as other libraries compute them, refusals, model cards."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,15 +15,22 @@ from safetensors.numpy import load_file, save_file
 from esvit_jax import checkpoint
 from esvit_jax.commands.export import main
 from esvit_jax.config import default_config
-from esvit_jax.errors import UserError
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export
-from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
-from esvit_jax.interop.formats import huggingface
-from esvit_jax.interop.formats import timm as timm_names
-from esvit_jax.interop.formats.base import check_images, in_words, relative_error
+from esvit_jax.interop.formats import FORMATS, esvit, huggingface, timm_file
+from esvit_jax.interop.formats.base import (
+    Format,
+    Reading,
+    check_images,
+    relative_error,
+    size_ranges,
+    write_tensors,
+)
 from esvit_jax.interop.load import load
-from esvit_jax.models import create_backbone, create_model
+from esvit_jax.interop.names.published import params_from_state_dict
+from esvit_jax.interop.names.swin import SwinFamily
+from esvit_jax.models import create_model
 from esvit_jax.state import init_params
 
 DATA = Path(__file__).parent / "data"
@@ -115,96 +122,23 @@ def normalized(images):
 def photos(height, width):
     """Real photos, squeezed into a size."""
     images = [Image.open(DATA / "photos" / name).convert("RGB") for name in PHOTOS]
-    return normalized([image.resize((width, height), Image.BICUBIC) for image in images])
+    return normalized([image.resize((width, height), Image.Resampling.BICUBIC) for image in images])
 
 
 def own_features(workdir, images, key="teacher"):
     loaded = checkpoint.load_model(workdir)
-    params = getattr(loaded, key)["backbone"]
-    return jax.jit(lambda p, x: loaded.model.backbone.apply({"params": p}, x).view_features)(
-        params, images
-    )
+    params = {"teacher": loaded.teacher, "student": loaded.student}[key]["backbone"]
+    backbone = loaded.model.backbone
+    return jax.jit(lambda p, x: backbone.forward(p, x).view_features)(params, images)
 
 
 def snippet(text):
     """The first block of Python in a Markdown text."""
-    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    return text.split("```python\n")[1].split("```")[0]
 
 
-# Names
-
-
-def published_tensors(config):
-    return state_dict_from_params({"backbone": random_params(config, 0)["backbone"]})
-
-
-def test_transformers_names():
-    tensors = huggingface.to_huggingface(published_tensors(small_config()))
-    block = "encoder.layers.1.blocks.0."
-    assert {name.removeprefix(block) for name in tensors if name.startswith(block)} == {
-        "layernorm_before.weight", "layernorm_before.bias",
-        "layernorm_after.weight", "layernorm_after.bias",
-        "attention.self.relative_position_bias_table",
-        "attention.self.query.weight", "attention.self.query.bias",
-        "attention.self.key.weight", "attention.self.key.bias",
-        "attention.self.value.weight", "attention.self.value.bias",
-        "attention.output.dense.weight", "attention.output.dense.bias",
-        "intermediate.dense.weight", "intermediate.dense.bias",
-        "output.dense.weight", "output.dense.bias",
-    }  # fmt: skip
-    assert {name for name in tensors if ".blocks." not in name} == {
-        "embeddings.patch_embeddings.projection.weight",
-        "embeddings.patch_embeddings.projection.bias",
-        "embeddings.norm.weight", "embeddings.norm.bias",
-        "encoder.layers.0.downsample.norm.weight", "encoder.layers.0.downsample.norm.bias",
-        "encoder.layers.0.downsample.reduction.weight",
-        "layernorm.weight", "layernorm.bias",
-    }  # fmt: skip
-    qkv = published_tensors(small_config())["layers.1.blocks.0.attn.qkv.weight"]
-    np.testing.assert_array_equal(tensors[block + "attention.self.key.weight"], qkv[32:64])
-
-
-@pytest.mark.parametrize("window_size", [7, 14])
-def test_names_and_shapes_that_timm_declares(window_size):
-    backbone = create_backbone("swin_tiny", window_size=window_size)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
-    empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
-    tensors = timm_names.to_timm(state_dict_from_params({"backbone": empty}))
-    declared = json.loads((DATA / "timm_swin_tiny.json").read_text())[f"window {window_size}"]
-    assert {name: list(x.shape) for name, x in tensors.items()} == declared
-
-
-@pytest.mark.parametrize("library", [huggingface, timm_names])
-def test_names_and_back_are_exact(library):
-    tensors = published_tensors(small_config())
-    to, back = {
-        huggingface: (huggingface.to_huggingface, huggingface.from_huggingface),
-        timm_names: (timm_names.to_timm, timm_names.from_timm),
-    }[library]
-    again = back(to(tensors))
-    assert again.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(again[name], tensor)
-
-
-# Where libraries agree
-
-
-def test_sizes_at_which_transformers_agrees():
-    assert huggingface.agreeing_sizes(create_backbone("swin_tiny")) == list(range(193, 225))
-    assert huggingface.agreeing_sizes(create_backbone("swin_base", window_size=14)) == []
-    assert huggingface.agreeing_sizes(create_model(small_config()).backbone) == list(range(25, 33))
-
-
-@pytest.mark.parametrize("window_size", [7, 14])
-def test_sizes_at_which_timm_agrees(window_size):
-    backbone = create_backbone("swin_tiny", window_size=window_size)
-    assert timm_names.agreeing_sizes(backbone) == [221, 222, 223, 224]
-
-
-def test_ranges_in_words():
-    assert in_words([3, 5, 6, 7, 9]) == "3, 5 to 7, 9 pixels"
+def test_sizes_as_ranges():
+    assert size_ranges([3, 5, 6, 7, 9]) == "3, 5 to 7, 9 pixels"
 
 
 # Exports
@@ -218,10 +152,11 @@ def test_what_is_exported_is_loaded(workdir, tmp_path, format, key):
     errors = export(workdir, tmp_path / "out", format=format, key=key)
     assert max(errors.values()) <= 1e-4
     backbone, variables, preprocess = load(tmp_path / "out")
-    expected = getattr(checkpoint.load_model(workdir), key)["backbone"]
+    trained = checkpoint.load_model(workdir)
+    expected = {"teacher": trained.teacher, "student": trained.student}[key]["backbone"]
     jax.tree.map(np.testing.assert_array_equal, variables["params"], expected)
     assert preprocess([DATA / "photos" / "coffee.jpg"]).shape == (1, 32, 32, 3)
-    assert backbone.embed_dim == 16
+    assert backbone.num_features == 32
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -294,10 +229,10 @@ assert not any(name.startswith(("flax", "esvit_jax.")) for name in sys.modules)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "huggingface", "image_size": 40}, "image_size=40: .* 25 to 32 pixels"),
-        ({"format": "timm", "image_size": 28}, "image_size=28: timm .* 29 to 32 pixels"),
-        ({"format": "stablehlo", "image_size": 3}, "image_size=3: it must be at least 4"),
-        ({"format": "esvit", "image_size": 0}, "image_size=0: it must be at least 4"),
+        ({"format": "huggingface", "image_size": 40}, "image_size = 40: .* 25 to 32 pixels"),
+        ({"format": "timm", "image_size": 28}, "image_size = 28: timm.* 29 to 32 pixels"),
+        ({"format": "stablehlo", "image_size": 3}, "image_size = 3: it must be at least 4"),
+        ({"format": "esvit", "image_size": 0}, "image_size = 0: it must be at least 4"),
         ({"format": "esvit", "step": 11}, r"no checkpoint of step 11; it has steps \[10, 30\]"),
     ],
 )
@@ -309,21 +244,74 @@ def test_refusals_write_nothing(workdir, tmp_path, options, message):
 
 def test_existing_folder_is_kept(workdir, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"out exists already"):
+    with pytest.raises(UserError, match=r"it exists already"):
         export(workdir, tmp_path / "out", format="esvit")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_remote_folder_is_refused(workdir):
-    with pytest.raises(UserError, match=r"--to=gs://bucket/out: export to a local directory"):
+    with pytest.raises(UserError, match=r"--to=gs://bucket/out: make a local folder"):
         main([f"--workdir={workdir}", "--to=gs://bucket/out", "--format=timm"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "onnx"}, "format = 'onnx': known are huggingface, timm, esvit, stablehlo"),
+        ({"format": "timm", "key": "both"}, "key = 'both': it must be 'teacher' or 'student'"),
+    ],
+)
+def test_arguments_are_named(workdir, tmp_path, options, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        export(workdir, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_noticed_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    flag = f"--to={tmp_path / 'file' / 'out'}"
+    with pytest.raises(UserError, match=f"^{flag}: it cannot be made: Not a directory$"):
+        main([f"--workdir={tmp_path / 'nothing'}", flag, "--format=timm"])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    config = small_config()
+    networks = {name: random_params(config, 0) for name in ("student", "teacher")}
+    networks["teacher"]["backbone"]["norm"]["bias"][7] = np.inf
+    centers = {head: np.zeros(12, np.float32) for head in ("view", "region")}
+    checkpoint.save_model(tmp_path / "run", config=config, facts={}, **networks, centers=centers)
+    message = "norm.bias of the teacher: 1 of its 32 values are not finite"
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", tmp_path / "out", format="esvit")
+    with pytest.raises(UserError, match=f"path = '.*run': step 0: {message[:9]}"):
+        load(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_format_that_lacks_the_backbone(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(SwinFamily, "timm", None)
+    with pytest.raises(UserError, match="^timm has no Swin; take another format"):
+        export(workdir, tmp_path / "out", format="timm")
+
+
+def test_a_format_is_one_object_and_one_line(workdir, tmp_path, monkeypatch):
+    def write(source, folder):
+        (folder / "size").write_text(str(source.image_size))
+
+    def readings(source, folder, images):
+        yield Reading("again", source.features(source.params, images), 0.0)
+
+    dummy = Format(lambda source: None, write, readings, lambda source: "See FOLDER.", "our.json")
+    monkeypatch.setitem(FORMATS, "dummy", dummy)
+    assert export(workdir, tmp_path / "out", format="dummy") == {"again": 0.0}
+    assert (tmp_path / "out" / "size").read_text() == "32"
+    assert "See out." in card(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "our.json").read_text())["facts"]["format"] == "dummy"
 
 
 @pytest.mark.parametrize("format", TENSOR_FORMATS)
 def test_wrong_files_are_noticed(workdir, tmp_path, monkeypatch, format):
     """One block's query and key swapped: every name and shape is right, the features are not."""
-    from esvit_jax.interop.export import FORMATS
-    from esvit_jax.interop.formats import base as exportable
 
     def swap(path, tensors):
         for name, x in tensors.items():
@@ -332,10 +320,11 @@ def test_wrong_files_are_noticed(workdir, tmp_path, monkeypatch, format):
             if name.endswith("1.attention.self.query.weight"):
                 key = name.replace("query", "key")
                 tensors[name], tensors[key] = tensors[key], x
-        exportable.write_tensors(path, tensors)
+        write_tensors(path, tensors)
 
-    monkeypatch.setattr(FORMATS[format], "write_tensors", swap)
-    with pytest.raises(UserError, match=r"^nothing is written: .* off by"):
+    module = {"huggingface": huggingface, "timm": timm_file, "esvit": esvit}[format]
+    monkeypatch.setattr(module, "write_tensors", swap)
+    with pytest.raises(RunError, match=r"^nothing is written: .* off by"):
         export(workdir, tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
 
@@ -368,7 +357,13 @@ def test_model_card(workdir, tmp_path, capsys):
     assert 'SwinModel.from_pretrained("out")' in text
     assert "25 to 32 pixels" in text
     assert "- esvit_jax: 0.0e+00" in text
-    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert f"written: {tmp_path / 'out'}" in printed
+    assert progress.splitlines() == [
+        f"reading {workdir}",
+        "writing it for huggingface",
+        "comparing features computed from the files with the backbone's",
+    ]
 
 
 def test_model_card_of_an_earlier_student(workdir, tmp_path):
@@ -429,7 +424,7 @@ def test_transformers_agrees_on_photos(nano, transformers_folder, height, width)
 def test_snippet_for_transformers(nano, transformers_folder, monkeypatch):
     images = [Image.open(DATA / "photos" / name) for name in PHOTOS]
     monkeypatch.chdir(transformers_folder.parent)
-    scope = {"images": images}
+    scope: dict[str, Any] = {"images": images}
     exec(snippet(card(transformers_folder)), scope)
     assert scope["out"].pooler_output.shape == (3, 64)
     assert scope["out"].last_hidden_state.shape == (3, 49, 64)

@@ -13,7 +13,7 @@ import pytest
 import replay_golden
 from replay_golden import Replay, given_views, relative_error, tensors
 
-from esvit_jax.interop.files import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
 from esvit_jax.losses import esvit_loss
 
 GOLDEN = Path(__file__).parent / "data" / "swin_nano_w7.npz"

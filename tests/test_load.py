@@ -1,9 +1,12 @@
 """`esvit_jax.load` from everything it reads, and its preprocessing."""
 
+import asyncio
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import cv2
 import jax
 import numpy as np
 import pytest
@@ -16,8 +19,8 @@ from esvit_jax.config import flatten
 from esvit_jax.data.augment import center_view
 from esvit_jax.errors import UserError
 from esvit_jax.interop.convert import convert
-from esvit_jax.interop.files import state_dict_from_params
 from esvit_jax.interop.load import load, preprocessor
+from esvit_jax.interop.names.published import state_dict_from_params
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -44,11 +47,10 @@ def workdir(tmp_path):
 def test_three_lines_of_a_notebook(workdir):
     backbone, variables, preprocess = load(workdir)
     images = preprocess([PHOTOS / "chelsea.jpg", PHOTOS / "coffee.jpg"])
-    out = jax.jit(lambda variables, images: backbone.apply(variables, images).view_features)(
-        variables, images
-    )
+    out: Any = jax.jit(backbone.apply)(variables, images)
     assert images.shape == (2, 64, 64, 3)
-    assert out.shape == (2, 32)
+    assert out.view_features.shape == (2, 32)
+    assert [x.shape for x in out.stage_maps] == [(2, 16, 16, 8), (2, 8, 8, 16), (2, 4, 4, 32)]
     teacher = random_params(config_of_64_pixels(), 2)["backbone"]
     jax.tree.map(np.testing.assert_array_equal, variables["params"], teacher)
 
@@ -83,9 +85,56 @@ def test_an_export_that_does_not_fit_its_config(tmp_path):
         load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_an_export_that_is_not_finite(tmp_path, value):
+    config = config_of_64_pixels()
+    tensors = state_dict_from_params({"backbone": random_params(config, 1)["backbone"]})
+    tensors["layers.1.blocks.0.mlp.fc1.bias"][:3] = value
+    export(tmp_path / "a", config, tensors, {})
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "a")
+    assert str(tmp_path / "a" / "m.safetensors") in str(error.value)
+    message = "model layers.1.blocks.0.mlp.fc1.bias: 3 of its 64 values are not finite"
+    assert str(error.value).splitlines()[1].strip() == message
+
+
+def test_in_a_worker_thread_and_under_a_running_event_loop(workdir):
+    """As in a server, and in a notebook."""
+    with ThreadPoolExecutor(1) as pool:
+        threaded = pool.submit(load, workdir).result()
+
+    async def cell():
+        return load(workdir)
+
+    looped = asyncio.run(cell())
+    assert threaded.backbone == looped.backbone
+    jax.tree.map(np.testing.assert_array_equal, threaded.variables, looped.variables)
+
+
+def test_maps_for_a_pyramid_at_any_size(workdir):
+    loaded = load(workdir)
+    images = np.zeros((1, 70, 45, 3), np.float32)
+    out = jax.eval_shape(loaded.backbone.apply, loaded.variables, images)
+    expected = [
+        (1, -(-70 // stage.stride), -(-45 // stage.stride), stage.num_features)
+        for stage in loaded.backbone.stages
+    ]
+    assert [x.shape for x in out.stage_maps] == expected
+    assert expected[-1] == (1, 5, 3, 32)
+
+
+def test_home_folder(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    assert load("~/run").backbone == load(workdir).backbone
+
+
 def test_paths_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match="it has no config.json"):
+    with pytest.raises(UserError, match="^path = '.*nothing': .* has no config.json"):
         load(tmp_path / "nothing")
+    for path in ("a\0b", "x" * 300, "", tmp_path / "a" / "b.safetensors"):
+        with pytest.raises(UserError, match="^path = ") as error:
+            load(path)
+        assert "\n" not in str(error.value)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text(
         json.dumps({"config": flatten(config_of_64_pixels()), "facts": {}})
@@ -98,8 +147,7 @@ def test_images_of_every_kind_give_the_same_view():
     config = config_of_64_pixels()
     preprocess = preprocessor(config)
     # A PNG, so that the decoders agree to the last bit.
-    image = cv2.cvtColor(cv2.imread(str(PHOTOS / "chelsea.jpg")), cv2.COLOR_BGR2RGB)
-    image = cv2.resize(image, (80, 60), interpolation=cv2.INTER_AREA)
+    image = np.asarray(Image.open(PHOTOS / "chelsea.jpg").resize((80, 60)))
     views = np.asarray(preprocess([image, Image.fromarray(image)]))
     np.testing.assert_array_equal(views[0], views[1])
     canvas = np.zeros((1, 96, 96, 3), np.uint8)
@@ -139,6 +187,11 @@ def test_what_is_no_image_is_named(tmp_path):
         preprocess([tmp_path / "b.jpg"])
     with pytest.raises(UserError, match="float64"):
         preprocess([np.zeros((5, 5, 3))])
+    os.mkfifo(tmp_path / "c.jpg")
+    with pytest.raises(UserError, match=r"c\.jpg cannot be read: it is no file"):
+        preprocess([tmp_path / "c.jpg"])
+    with pytest.raises(UserError, match="a NoneType is no image; take a path"):
+        preprocess([None])
     for images in ([], "a.jpg"):
         with pytest.raises(UserError, match="takes a list of images"):
             preprocess(images)

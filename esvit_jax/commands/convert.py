@@ -1,8 +1,9 @@
 """`esvit convert`: turn a published checkpoint into one of ours."""
 
 import argparse
+import sys
 
-from esvit_jax.errors import UserError
+from esvit_jax.errors import renamed
 from esvit_jax.interop import convert as convert_module
 from esvit_jax.interop.convert import convert
 
@@ -23,14 +24,19 @@ def main(argv: list[str]) -> None:
         "--image_size", type=int, help="pixels it was trained with, where shapes do not tell"
     )
     arguments = parser.parse_args(argv)
-    if arguments.window is not None and arguments.window < 1:
-        raise UserError(f"--window={arguments.window}: it must be at least 1")
-    for line in convert(
-        arguments.source,
-        arguments.to,
-        key=arguments.key,
-        window_size=arguments.window,
-        image_size=arguments.image_size,
-    ):
+    flags = {
+        "source": "--from", "directory": "--to", "key": "--key", "window_size": "--window",
+        "image_size": "--image_size",
+    }  # fmt: skip
+    with renamed(**flags):
+        found = convert(
+            arguments.source,
+            arguments.to,
+            key=arguments.key,
+            window_size=arguments.window,
+            image_size=arguments.image_size,
+            report=lambda message: print(message, file=sys.stderr, flush=True),
+        )
+    for line in found:
         print(line)
     print(f"written: {arguments.to}")

@@ -1,9 +1,12 @@
 """`esvit export`: write a backbone for other libraries."""
 
 import argparse
+import sys
 
+from esvit_jax.errors import renamed
 from esvit_jax.interop import export as export_module
-from esvit_jax.interop.export import FORMATS, export
+from esvit_jax.interop.export import export
+from esvit_jax.interop.formats import FORMATS
 
 
 def main(argv: list[str]) -> None:
@@ -20,10 +23,16 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     arguments = parser.parse_args(argv)
-    errors = export(
-        arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
-        image_size=arguments.image_size, step=arguments.step,
-    )  # fmt: skip
+    flags = {
+        "workdir": "--workdir", "directory": "--to", "format": "--format", "key": "--key",
+        "image_size": "--image_size", "step": "--step",
+    }  # fmt: skip
+    with renamed(**flags):
+        errors = export(
+            arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
+            image_size=arguments.image_size, step=arguments.step,
+            report=lambda message: print(message, file=sys.stderr, flush=True),
+        )  # fmt: skip
     for reader, error in errors.items():
         print(f"features computed by {reader} differ by {error:.1e}")
     print(f"written: {arguments.to}")

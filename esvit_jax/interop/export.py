@@ -5,30 +5,23 @@ and only then does the folder get its name.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from esvit_jax import checkpoint
-from esvit_jax.errors import UserError
-from esvit_jax.interop.formats import esvit, huggingface, stablehlo, timm
+from esvit_jax.errors import RunError, UserError
+from esvit_jax.interop.folders import new_folder
+from esvit_jax.interop.formats import FORMATS
 from esvit_jax.interop.formats.base import (
     Exportable,
+    Format,
     check_images,
     load_exportable,
     relative_error,
 )
-from esvit_jax.interop.infer import in_words
 from esvit_jax.runlog.writer import read_metrics
-
-# Each has check, write, readings and usage.
-FORMATS = {
-    "huggingface": huggingface,
-    "timm": timm,
-    "esvit": esvit,
-    "stablehlo": stablehlo,
-}
 
 
 def export(
@@ -39,6 +32,7 @@ def export(
     key: str | None = None,
     image_size: int | None = None,
     step: int | None = None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> dict[str, float]:
     """Writes a backbone in one of `FORMATS`, with a model card; the folder is whole or not there.
 
@@ -47,28 +41,30 @@ def export(
       directory: to be made.
       format: one of `FORMATS`.
       key, image_size, step: see `load_exportable`.
+      report: called with what is being done, a line each.
 
     Returns:
       Who computed features of `check_images` from the files, and how far they were off (relative
       to their length).
 
     Raises:
-      UserError: there is no such model, the format cannot represent it, the directory is there
-        already, or features computed from the files differ.
+      UserError: there is no such model, the format cannot represent it, or the folder cannot be
+        made.
+      RunError: features computed from the files differ. Nothing is written.
     """
-    if "://" in os.fspath(directory):
-        raise UserError(f"--to={directory}: export to a local directory, then copy it")
-    directory = Path(directory)
-    if directory.exists():
-        raise UserError(f"--to={directory} exists already; remove it or take another name")
-    source = load_exportable(workdir, key=key, image_size=image_size, step=step)
-    module: Any = FORMATS[format]
-    module.check(source)
-    with checkpoint.whole_folder(directory) as folder:
+    if format not in FORMATS:
+        raise UserError(f"known are {', '.join(FORMATS)}", argument="format", value=format)
+    workdir, chosen = os.path.expanduser(workdir), FORMATS[format]
+    with new_folder(directory) as folder:
+        report(f"reading {workdir}")
+        source = load_exportable(workdir, key=key, image_size=image_size, step=step)
+        chosen.check(source)
+        report(f"writing it for {format}")
         write_config(source, format, folder)
-        module.write(source, folder)
-        errors = check_features(module, source, folder)
-        usage = module.usage(source).replace("FOLDER", directory.name)
+        chosen.write(source, folder)
+        report("comparing features computed from the files with the backbone's")
+        errors = check_features(chosen, source, folder)
+        usage = chosen.usage(source).replace("FOLDER", Path(os.path.abspath(directory)).name)
         card = model_card(source, Path(workdir), errors, usage)
         (folder / "model_card.md").write_text(card)
     return errors
@@ -79,24 +75,23 @@ def write_config(source: Exportable, format: str, folder: Path) -> None:
     loaded = source.loaded
     config = loaded.config.copy_and_resolve_references()
     config.evaluate.size = source.image_size
-    facts = loaded.facts | {"format": format, "key": source.key, "step": loaded.step}
-    name = huggingface.CONFIG_FILE if format == "huggingface" else "config.json"
-    checkpoint.write_config(folder, config, facts, name)
+    origin = loaded.facts | {"format": format, "key": source.key, "step": loaded.step}
+    checkpoint.write_config(folder, config, origin, FORMATS[format].config_file)
 
 
-def check_features(module: Any, source: Exportable, folder: Path) -> dict[str, float]:
+def check_features(format: Format, source: Exportable, folder: Path) -> dict[str, float]:
     """Reads what was written, and returns the relative error of the features by reader.
 
     Raises:
-      UserError: one is larger than it may be.
+      RunError: one is larger than it may be.
     """
     images = check_images(source.image_size)
     expected = source.features(source.params, images)
     errors = {}
-    for reader, features, bound in module.readings(source, folder, images):
+    for reader, features, bound in format.readings(source, folder, images):
         errors[reader] = relative_error(features, expected)
         if not errors[reader] <= bound:
-            raise UserError(
+            raise RunError(
                 f"nothing is written: features that {reader} computes from the files are off by "
                 f"{errors[reader]:.1e} (at most {bound:.0e})"
             )
@@ -108,7 +103,7 @@ CARD = """\
 
 | | |
 |---|---|
-| architecture | {architecture}; windows and shifts fixed for {trained_size} pixels |
+| architecture | {architecture} |
 | parameters | {parameters:,}, float32 |
 | features | {features} an image (the mean of the regions), and as many a region |
 | input | RGB, {size} × {size}: shorter side to {resize_size} pixels (bicubic), then the centre |
@@ -141,8 +136,7 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
     """
     backbone, views = source.backbone, source.loaded.config.views
     return CARD.format(
-        architecture=in_words(source.loaded.model).removeprefix("a "),
-        trained_size=backbone.image_size,
+        architecture=source.family.describe(backbone).removeprefix("a "),
         parameters=sum(x.size for x in jax.tree.leaves(source.params)),
         features=backbone.num_features,
         size=source.image_size,
@@ -150,33 +144,33 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
         mean=", ".join(map(str, views.mean)),
         std=", ".join(map(str, views.std)),
         key=source.key,
-        training=training_in_words(source),
-        knn=knn_in_words(source, workdir),
+        training=describe_training(source),
+        knn=describe_knn(source, workdir),
         usage=usage,
         images=len(check_images(source.image_size)),
         errors="\n".join(f"- {reader}: {error:.1e}" for reader, error in errors.items()),
     )
 
 
-def training_in_words(source: Exportable) -> str:
+def describe_training(source: Exportable) -> str:
     """Steps and data, as far as they are known."""
-    config, facts, step = source.loaded.config, source.loaded.facts, source.loaded.step
-    if "source" in facts:
-        epoch = f", epoch {facts['epoch']}" if facts.get("epoch") else ""
-        return f"unknown here: converted from {facts['source']}{epoch}"
+    config, origin, step = source.loaded.config, source.loaded.facts, source.loaded.step
+    if "source" in origin:
+        epoch = f", epoch {origin['epoch']}" if origin.get("epoch") else ""
+        return f"unknown here: converted from {origin['source']}{epoch}"
     matched = "views and regions" if config.loss.region else "views"
     words = f"{step} steps of {config.batch_size} images, matching {matched}"
-    if "steps_per_epoch" in facts:
-        words += f" ({step / facts['steps_per_epoch']:.4g} epochs)"
+    if "steps_per_epoch" in origin:
+        words += f" ({step / origin['steps_per_epoch']:.4g} epochs)"
     words += f", on {config.data.name}, split {config.data.train_split}"
-    if "num_images" in facts:
-        words += f" ({facts['num_images']} images)"
+    if "num_images" in origin:
+        words += f" ({origin['num_images']} images)"
     if config.init_from:
         words += f"; started from {config.init_from} ({config.init_parts})"
     return words
 
 
-def knn_in_words(source: Exportable, workdir: Path) -> str:
+def describe_knn(source: Exportable, workdir: Path) -> str:
     """The last k-NN accuracies that the run logged up to its checkpoint; they are the teacher's."""
     path = workdir / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() and source.key == "teacher" else []

@@ -1,70 +1,23 @@
-"""Files of PyTorch tensors, sorted into networks, and published state dicts to params and back."""
+"""Files of PyTorch tensors: read without running what they hold, and sorted into networks."""
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import traverse_util
 
 from esvit_jax.errors import UserError
+from esvit_jax.interop.names import recognise
+from esvit_jax.interop.names.base import Family
+from esvit_jax.interop.names.published import CENTERS, Tensors
+from esvit_jax.models import Backbone
 
-HEADS = {"head": "view_head", "head_dense": "region_head"}
-BUFFERS = ("relative_position_index", "attn_mask")
-CENTERS = {"center": "view", "center_grid": "region"}
 CLASSIFIER = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
 # Entries of a checkpoint that hold tensors which are no part of a network.
 TRAINING = ("optimizer", "lr_scheduler", "fp16_scaler", "scaler", "amp")
-
-Tensors = dict[str, np.ndarray]
-
-
-def params_from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Params {"backbone", "view_head", "region_head"} (the parts there are) of a state dict.
-
-    Names map mechanically: numbers join what they follow (layers.0 -> layers_0), weights of
-    linears and convolutions become kernels with the output features last, weights of norms
-    become scales. Buffers are dropped.
-    """
-    flat = {}
-    for name, tensor in tensors.items():
-        if name.rsplit(".", 1)[-1] in BUFFERS:
-            continue
-        *path, leaf = re.sub(r"\.(\d+)", r"_\1", name).split(".")
-        path = [HEADS[path[0]], *path[1:]] if path and path[0] in HEADS else ["backbone", *path]
-        if leaf == "weight":
-            leaf = "scale" if tensor.ndim == 1 else "kernel"
-            tensor = _kernel_from_weight(tensor)
-        flat[(*path, leaf)] = np.asarray(tensor)
-    return traverse_util.unflatten_dict(flat)
-
-
-def state_dict_from_params(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_state_dict`; buffers are not made up."""
-    heads = {ours: theirs for theirs, ours in HEADS.items()}
-    tensors = {}
-    for (part, *path, leaf), value in traverse_util.flatten_dict(dict(params)).items():
-        value = np.asarray(value)
-        if leaf == "kernel":
-            value = _weight_from_kernel(value)
-        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-        prefix = [] if part == "backbone" else [heads[part]]
-        tensors[re.sub(r"_(\d+)", r".\1", ".".join([*prefix, *path, leaf]))] = value
-    return tensors
-
-
-def _kernel_from_weight(weight: np.ndarray) -> np.ndarray:
-    if weight.ndim == 4:
-        return weight.transpose(2, 3, 1, 0)
-    return weight.T
-
-
-def _weight_from_kernel(kernel: np.ndarray) -> np.ndarray:
-    if kernel.ndim == 4:
-        return kernel.transpose(3, 2, 0, 1)
-    return kernel.T
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -78,21 +31,30 @@ def read_tensors(path: Path) -> dict[str, Any]:
       UserError: there is no such file, it is neither, it would run code when read, or it needs
         torch, which is not installed.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path)
+    try:
+        if path.is_dir():
+            raise _refusal(path, "it is a folder; give the .pth or .safetensors file in it")
+        if not path.is_file():
+            raise _refusal(path, "there is no such file")
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError as error:
+        raise _refusal(path, f"it cannot be read: {error.strerror or error}") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _refusal(path: Path, message: str) -> UserError:
+    return UserError(message, argument="path", value=str(path))
+
+
+def _read_safetensors(path: Path) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from error
+        raise _refusal(path, f"it is no whole safetensors file: {error}") from error
+    except KeyError as error:  # a type that NumPy lacks
+        raise _refusal(path, f"it holds tensors of type {error.args[0]}") from error
     return {name: _as_float32(tensor) for name, tensor in tensors.items()}
 
 
@@ -100,9 +62,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            f"{path}: reading it needs torch: pip install esvit_jax[torch] (.safetensors does not)"
-        ) from error
+        message = "reading it needs torch: pip install esvit_jax[torch] (.safetensors does not)"
+        raise _refusal(path, message) from error
 
     def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -116,15 +77,18 @@ def _read_torch(path: Path) -> dict[str, Any]:
         # The published files keep their command line in a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # torch raises half a dozen kinds for a file that is not one of its
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path} would run code when read ({found[1]}) and is refused: save it again with "
-                "nothing but tensors and plain values in it"
+            raise _refusal(
+                path,
+                f"it would run code when read ({found[1]}) and is refused: save it again with "
+                "nothing but tensors and plain values in it",
             ) from error
-        raise UserError(f"{path} is no file of torch.save ({type(error).__name__})") from error
+        raise _refusal(path, f"it is no file of torch.save ({type(error).__name__})") from error
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        raise _refusal(path, f"it holds a {type(content).__name__}, not a dict of tensors")
     return to_numpy(content)
 
 
@@ -134,24 +98,27 @@ def _as_float32(tensor: np.ndarray) -> np.ndarray:
     return tensor.astype(np.float32) if is_float else tensor
 
 
-class Found(NamedTuple):
+class Contents(NamedTuple):
     """What a file holds.
 
     Attributes:
-      networks: "student" and "teacher", or one of them, or "model"; EsViT's names.
+      networks: "student" and "teacher", or one of them, or "model"; published names.
+      backbone_class, family: what the networks are.
       centers: {"view": [k], "region": [k]}, or fewer.
       epoch: epochs trained, where the file says so.
-      left: what is left behind, in words.
+      left_behind: names of what is known and not used.
       unknown: names of tensors that belong to nothing known.
     """
 
     networks: dict[str, Tensors]
+    backbone_class: type[Backbone]
+    family: Family[Any]
     centers: Tensors
     epoch: int | None
-    left: list[str]
+    left_behind: list[str]
     unknown: list[str]
 
-    def network(self, key: str) -> str:
+    def network_name(self, key: str) -> str:
         """The name of the network that stands for "teacher" or "student".
 
         Raises:
@@ -159,7 +126,10 @@ class Found(NamedTuple):
         """
         name = "model" if "model" in self.networks else key
         if name not in self.networks:
-            raise UserError(f"it holds no {key}, only the {', '.join(self.networks)}")
+            raise UserError(
+                f"the file holds no {key}, only the {', '.join(self.networks)}",
+                argument="key", value=key,
+            )  # fmt: skip
         return name
 
     @property
@@ -172,8 +142,12 @@ class Found(NamedTuple):
         )
 
 
-def sort_out(content: Mapping[str, Any]) -> Found:
-    """Sorts the content of a file (of `read_tensors`) into networks, centers and the rest."""
+def sort_contents(content: Mapping[str, Any]) -> Contents:
+    """Sorts the content of a file (of `read_tensors`) into networks, centers and the rest.
+
+    Raises:
+      UserError: there is no network of a known family, or a tensor of one is empty.
+    """
     content = dict(content)
     if any(name.startswith(("student.", "teacher.")) for name in content):
         content = _nested(content)
@@ -191,14 +165,33 @@ def sort_out(content: Mapping[str, Any]) -> Found:
     rest = {f"dino_loss.{name}": x for name, x in losses.items() if name not in CENTERS}
     rest |= {name: x for name, x in content.items() if name not in TRAINING}
     epoch = content.get("epoch")
-    left = [name for name in content if name != "epoch"]
+    left_behind = [name for name in content if name != "epoch"]
     unknown = _tensor_names(rest)
+    backbone_class = family = None
     for name, entries in networks.items():
         tensors = {n: x for n, x in entries.items() if isinstance(x, np.ndarray)}
         unknown += [f"{name} {n}" for n in entries if n not in tensors]
-        networks[name], classifier = _published_names(tensors)
-        left += [f"{name} {n}" for n in classifier]
-    return Found(networks, centers, epoch if isinstance(epoch, int) else None, left, unknown)
+        backbone_class, family, networks[name], classifier = _sort_network(tensors)
+        left_behind += [f"{name} {n}" for n in classifier]
+    assert backbone_class is not None and family is not None
+    epoch = epoch if isinstance(epoch, int) else None
+    return Contents(networks, backbone_class, family, centers, epoch, left_behind, unknown)
+
+
+@contextmanager
+def naming(file: Path, own: tuple[str, ...]) -> Iterator[None]:
+    """Puts a file's name before what is wrong with its content.
+
+    Args:
+      file: whose content is judged.
+      own: arguments of the caller, whose errors pass as they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument in own:
+            raise
+        raise UserError(f"{file}: {error}") from error
 
 
 def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,23 +203,16 @@ def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _published_names(tensors: Tensors) -> tuple[Tensors, list[str]]:
-    """A network's tensors by EsViT's names, and the names of its classifier, which is left out."""
+def _sort_network(tensors: Tensors) -> tuple[type[Backbone], Family[Any], Tensors, list[str]]:
+    """Class, family, the tensors by published names, and the names of a classifier, left out."""
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
     classifier = [name for name in CLASSIFIER if name in tensors]
     tensors = {name: x for name, x in tensors.items() if name not in classifier}
-    # timm (since 0.9) has the merging of patches at the start of a stage, not at its end.
-    last = max([int(n) for n in re.findall(r"^layers\.(\d+)", "\n".join(tensors), re.M)], default=0)
-    if any(name.startswith(f"layers.{last}.downsample.") for name in tensors):
-
-        def before(match: re.Match) -> str:
-            return f"layers.{int(match[1]) - 1}.downsample."
-
-        tensors = {
-            re.sub(r"^layers\.(\d+)\.downsample\.", before, name): x for name, x in tensors.items()
-        }
-    return tensors, classifier
+    for name, tensor in tensors.items():
+        if not tensor.size:
+            raise UserError(f"its tensor {name} of shape {list(tensor.shape)} is empty")
+    return *recognise(tensors), classifier
 
 
 def _tensor_names(content: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -8,10 +8,13 @@ import numpy as np
 from flax import traverse_util
 
 from esvit_jax import checkpoint
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
+from esvit_jax.interop.infer import not_finite
 
 
-def init_from(params: Mapping[str, Any], path: str, parts: str) -> tuple[dict[str, Any], str]:
+def init_from(
+    params: Mapping[str, Any], init_from: str, init_parts: str
+) -> tuple[dict[str, Any], str]:
     """Replaces params by those of a run or a converted checkpoint.
 
     Of a run the newest checkpoint's teacher is taken; of a converted checkpoint the network that
@@ -19,18 +22,21 @@ def init_from(params: Mapping[str, Any], path: str, parts: str) -> tuple[dict[st
 
     Args:
       params: {"backbone", "view_head", "region_head"} (the last may be missing), as initialised.
-      path: workdir or converted checkpoint.
-      parts: "all", or "backbone" to leave the heads as they are.
+      init_from: workdir or converted checkpoint.
+      init_parts: "all", or "backbone" to leave the heads as they are.
 
     Returns:
       The new params, and what was loaded and what was not, in a few words.
 
     Raises:
-      UserError: `path` holds no model, lacks a tensor of `parts`, or has it in another shape; all
-        such tensors are listed.
+      UserError: `init_from` holds no model, lacks a tensor of `init_parts`, or has it in another
+        shape or with values that are not finite; all such tensors are listed.
     """
-    loaded = checkpoint.load_model(path)
-    wanted = ["backbone"] if parts == "backbone" else list(params)
+    if init_parts not in ("all", "backbone"):
+        raise UserError("it must be 'all' or 'backbone'", argument="init_parts", value=init_parts)
+    with renamed(workdir="init_from"):
+        loaded = checkpoint.load_model(init_from)
+    wanted = ["backbone"] if init_parts == "backbone" else list(params)
     ours: dict[str, Any] = traverse_util.flatten_dict(
         {part: params[part] for part in wanted}, sep="/"
     )
@@ -45,15 +51,18 @@ def init_from(params: Mapping[str, Any], path: str, parts: str) -> tuple[dict[st
     lines += [
         f"unknown: {name}" for name in theirs if name not in ours and name.split("/")[0] in wanted
     ]
+    used = {name: theirs[name] for name in ours if name in theirs}
+    lines += [f"{name}: {words}" for name, words in not_finite(used).items()]
     if lines:
         raise UserError(
-            f"config.init_from = {path!r} does not fit this config's {' and '.join(wanted)} "
-            "(config.init_parts = 'backbone' leaves the heads random, `esvit convert --window` "
-            "resizes bias tables):\n  " + "\n  ".join(lines)
-        )
+            f"it does not fit this config's {' and '.join(wanted)} (init_parts = 'backbone' leaves "
+            "the heads random, `esvit convert --window` resizes bias tables):\n  "
+            + "\n  ".join(lines),
+            argument="init_from", value=init_from,
+        )  # fmt: skip
     # Through the host: the loaded arrays lie on all devices, the others on one.
     new = {name: jnp.asarray(np.asarray(theirs[name])) for name in ours}
-    report = f"loaded {', '.join(wanted)} ({len(new)} tensors) from {path}, step {loaded.step}"
+    report = f"loaded {', '.join(wanted)} ({len(new)} tensors) from {init_from}, step {loaded.step}"
     if random := [part for part in params if part not in wanted]:
         report += f"; random: {', '.join(random)}"
     if unused := [part for part in loaded.params if part not in wanted]:

@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,43 +12,80 @@ import numpy as np
 from esvit_jax import checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import evaluation_images
-from esvit_jax.interop.files import params_from_state_dict, read_tensors, sort_out
-from esvit_jax.interop.formats import huggingface
-from esvit_jax.interop.infer import check_fit
-from esvit_jax.models import create_model
+from esvit_jax.interop.files import naming, read_tensors, sort_contents
+from esvit_jax.interop.formats import FORMATS
+from esvit_jax.interop.infer import check_fit, not_finite
+from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
+from esvit_jax.models import Backbone, create_model
 
+# An image is a path, a Pillow image (which need not be installed) or an array.
 Preprocess = Callable[[Sequence[Any]], jax.Array]
 
 
-def load(path: str | os.PathLike) -> tuple[Any, dict[str, Any], Preprocess]:
+class LoadedBackbone(NamedTuple):
+    """A trained backbone, ready for images.
+
+    Attributes:
+      backbone: a Flax module, images f32[b, h, w, 3] -> `models.BackboneOutput`.
+      variables: {"params": …}, what `backbone.apply` takes first.
+      preprocess: a list of images -> f32[b, s, s, 3], normalised: the centre of each, as in the
+        run's evaluation. An image is a path, a Pillow image, or uint8[h, w, 3] (or grey, [h, w]).
+    """
+
+    backbone: Backbone
+    variables: dict[str, Any]
+    preprocess: Preprocess
+
+
+def load(path: str | os.PathLike) -> LoadedBackbone:
     """A trained backbone, ready for images.
 
         backbone, variables, preprocess = esvit_jax.load("runs/my_run")
         out = backbone.apply(variables, preprocess(["cat.jpg", "dog.jpg"]))
-        out.view_features, out.region_features  # f32[2, d], f32[2, h, w, d]
+        out.view_features    # f32[b, d], one vector an image
+        out.region_features  # f32[b, h, w, d], the last map
+        out.stage_maps       # one f32[b, h_i, w_i, d_i] a stage, finest first
+
+    The stage maps are what a feature pyramid (FPN) for detection or segmentation stands on. Images
+    may have any size, square or not: of H x W pixels the map of stage i has H / stride_i rows and
+    W / stride_i columns, rounded up, and `backbone.stages` has stride and features of each.
+    For those, normalise images yourself, as `preprocess` cuts out a square: (pixels / 255 - mean)
+    / std, with `views.mean` and `views.std` of its config.json.
 
     Args:
       path: a workdir (its newest checkpoint), a directory of `esvit convert`, or of
-        `esvit export` in a format that holds tensors (or the file in it).
+        `esvit export` in a format that holds tensors (or the file in it). `~` is the home folder.
 
     Returns:
-      backbone: a Flax module, images f32[b, h, w, 3] -> `models.BackboneOutput`.
-      variables: {"params": …}, the teacher's (of a directory converted or exported with
-        --key=student, the student's).
-      preprocess: a list of images -> f32[b, s, s, 3], normalised: the centre of each, as in the
-        run's evaluation. An image is a path, a Pillow image, or uint8[h, w, 3] (or grey, [h, w]).
+      The backbone, its weights (the teacher's; of a directory converted or exported with
+      --key=student, the student's), and how to prepare images.
 
     Raises:
-      UserError: there is no model of ours, or it does not fit its config.json.
+      UserError: there is no model of ours, it does not fit its config.json, or its weights are not
+        finite.
     """
-    if checkpoint.has_checkpoint(path):
-        loaded = checkpoint.load_model(path)
-        config, params = loaded.config, loaded.params["backbone"]
-    else:
-        config, params = _read_export(Path(path))
-    return create_model(config).backbone, {"params": params}, preprocessor(config)
+    path = os.path.expanduser(path)
+    try:
+        if checkpoint.has_checkpoint(path):
+            config, params = _read_checkpoint(path)
+        else:
+            config, params = _read_export(Path(path))
+    except OSError as error:
+        message = f"it cannot be read: {error.strerror or error}"
+        raise UserError(message, argument="path", value=path) from error
+    return LoadedBackbone(create_model(config).backbone, {"params": params}, preprocessor(config))
+
+
+def _read_checkpoint(workdir: str) -> tuple[ConfigDict, Any]:
+    """The config and the backbone's params of a run or a converted checkpoint."""
+    with renamed(workdir="path"):
+        loaded = checkpoint.load_model(workdir)
+    params = loaded.params["backbone"]
+    for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
+        raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=workdir)
+    return loaded.config, params
 
 
 def _read_export(path: Path) -> tuple[ConfigDict, Any]:
@@ -56,24 +93,28 @@ def _read_export(path: Path) -> tuple[ConfigDict, Any]:
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.pth"))
     file = path if path.is_file() else next(iter(files), None)
-    of_huggingface = (folder / huggingface.CONFIG_FILE).exists()
-    config_file = huggingface.CONFIG_FILE if of_huggingface else "config.json"
-    content = checkpoint.read_config(folder, config_file)
+    content = checkpoint.read_config(folder, _config_file(folder))
     if content is None or file is None:
         raise UserError(
-            f"{path} is no workdir and no converted or exported checkpoint: it has no "
+            "it is no workdir and no converted or exported checkpoint: it has no "
             + ("config.json beside it" if content is None else "checkpoint")
-            + "; `esvit convert` takes files of other origin"
-        )
-    config, facts = content
+            + "; `esvit convert` takes files of other origin",
+            argument="path", value=str(path),
+        )  # fmt: skip
+    config, origin = content
     tensors = read_tensors(file)
-    found = sort_out(huggingface.from_huggingface(tensors) if of_huggingface else tensors)
-    try:
-        network = found.network(facts.get("key", "teacher"))
-        check_fit(found, create_model(config))
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    return config, params_from_state_dict(found.networks[network])["backbone"]
+    with naming(file, own=()):
+        contents = sort_contents(tensors)
+        network = contents.network_name(origin.get("key", "teacher"))
+        check_fit(contents, create_model(config))
+    weights = contents.family.weights(contents.networks[network])
+    return config, params_from_state_dict(weights)["backbone"]
+
+
+def _config_file(folder: Path) -> str:
+    """The name of our config, which another library's config.json may lie beside."""
+    special = {format.config_file for format in FORMATS.values()} - {"config.json"}
+    return next((name for name in sorted(special) if (folder / name).exists()), "config.json")
 
 
 def preprocessor(config: ConfigDict) -> Preprocess:
@@ -94,15 +135,27 @@ def _decode(image: Any, canvas_size: int) -> tuple[np.ndarray, np.ndarray]:
     name = "an image"
     if isinstance(image, str | os.PathLike):
         name = os.fspath(image)
-        try:
-            image = Path(image).read_bytes()
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from error
+        image = _read_bytes(Path(image))
     elif hasattr(image, "getexif"):  # Pillow's; a camera's orientation is kept beside the pixels
         from PIL import ImageOps
 
         image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    elif hasattr(image, "__array__"):
+        image = np.asarray(image)
+    else:
+        raise UserError(
+            f"a {type(image).__name__} is no image; take a path, a Pillow image or uint8[h, w, 3]"
+        )
     try:
         return decode(image, canvas_size)
     except DecodeError as error:
         raise UserError(f"{name} cannot be decoded: {error}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise UserError(f"{path} cannot be read: it is no file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error

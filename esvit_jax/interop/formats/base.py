@@ -1,24 +1,60 @@
-"""What every export format gets: a backbone, its weights, and images to compare features on."""
+"""What every export format is, and what it gets: a backbone, its weights, images to compare on."""
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
-from safetensors.numpy import save
+from jaxtyping import Float
+from safetensors.numpy import load_file, save
 
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
-from esvit_jax.models import Swin
-from esvit_jax.models.attention import relative_position_index
+from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.names import family_of
+from esvit_jax.interop.names.base import Family, Peer
+from esvit_jax.interop.names.published import (
+    Tensors,
+    params_from_state_dict,
+    state_dict_from_params,
+)
+from esvit_jax.models import Backbone
 
 OWN_BOUND = 1e-6  # relative error of features where our own network reads the files
 LIBRARY_BOUND = 1e-4  # and where another implementation does
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Exportable(NamedTuple):
+    """A backbone on its way out.
+
+    Attributes:
+      loaded: the run or converted checkpoint that it comes from.
+      key: "teacher" or "student", whose weights these are.
+      backbone: computes in float32, whatever it was trained in.
+      family: its names.
+      params: of the backbone, on the host.
+      image_size: pixels along a side of the images it is exported for and checked on.
+      features: (params, images f32[b, h, w, 3]) -> view features f32[b, d]; compiled once.
+    """
+
+    loaded: checkpoint.LoadedModel
+    key: str
+    backbone: Backbone
+    family: Family[Any]
+    params: Any
+    image_size: int
+    features: Callable[[Any, Any], Any]
+
+    @property
+    def resize_size(self) -> int:
+        """Pixels that the shorter side of an image is resized to before its centre is cut out."""
+        return round(self.image_size / self.loaded.config.evaluate.crop)
 
 
 class Reading(NamedTuple):
@@ -35,29 +71,25 @@ class Reading(NamedTuple):
     bound: float
 
 
-class Exportable(NamedTuple):
-    """A backbone on its way out.
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format of exports; `formats.FORMATS` names them.
 
     Attributes:
-      loaded: the run or converted checkpoint that it comes from.
-      key: "teacher" or "student", whose weights these are.
-      backbone: computes in float32, whatever it was trained in.
-      params: of the backbone, on the host.
-      image_size: pixels along a side of the images it is exported for and checked on.
-      features: (params, images f32[b, h, w, 3]) -> view features f32[b, d]; compiled once.
+      check: refuses with a UserError what the format cannot hold, before anything is computed.
+      write: writes the files into a folder.
+      readings: (what was exported, its folder, images f32[b, s, s, 3]) -> the features that our
+        network and, where it is installed, the library compute from the files. A RunError says
+        that a library cannot read them.
+      usage: how to use the files, in Markdown; FOLDER stands for their folder.
+      config_file: the name that our own config gets beside them.
     """
 
-    loaded: checkpoint.LoadedModel
-    key: str
-    backbone: Swin
-    params: Any
-    image_size: int
-    features: Callable[[Any, Any], Any]
-
-    @property
-    def resize_size(self) -> int:
-        """Pixels that the shorter side of an image is resized to before its centre is cut out."""
-        return round(self.image_size / self.loaded.config.evaluate.crop)
+    check: Callable[[Exportable], None]
+    write: Callable[[Exportable, Path], None]
+    readings: Callable[[Exportable, Path, np.ndarray], Iterator[Reading]]
+    usage: Callable[[Exportable], str]
+    config_file: str = "config.json"
 
 
 def load_exportable(
@@ -68,32 +100,44 @@ def load_exportable(
     Args:
       workdir: see `checkpoint.load_model`.
       key: "teacher" or "student"; None is the one that evaluation uses.
-      image_size: None is the size that the run is evaluated at.
+      image_size: pixels; None is the size that the run is evaluated at.
       step: of the checkpoint; None is the newest.
 
     Raises:
-      UserError: there is no such model, or `image_size` is smaller than a patch.
+      UserError: there is no such model, its weights are not finite, or `image_size` is smaller
+        than a patch.
     """
+    if key not in (None, "teacher", "student"):
+        raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
     loaded = checkpoint.load_model(workdir, step)
     config = loaded.config
     chosen: str = key or loaded.facts.get("key", "teacher")
-    backbone: Any = loaded.model.backbone.clone(
-        dtype=jnp.float32, attention_dtype="float32", remat="none"
-    )
+    backbone = _in_float32(loaded.model.backbone)
     size = image_size
     if size is None:
         size = config.evaluate.size or config.views.global_size
-    if size < backbone.patch_size:
+    patch_size = backbone.stages[0].stride
+    if size < patch_size:
         raise UserError(
-            f"--image_size={size}: it must be at least {backbone.patch_size}, one patch"
+            f"it must be at least {patch_size}, one patch", argument="image_size", value=size
         )
-    params = jax.tree.map(np.asarray, getattr(loaded, chosen)["backbone"])
+    network = loaded.student if chosen == "student" else loaded.teacher
+    params = jax.tree.map(np.asarray, network["backbone"])
+    for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
+        raise UserError(f"{workdir}: {name} of the {chosen}: {words}")
 
     @jax.jit
     def features(params, images):
         return backbone.forward(params, images).view_features
 
-    return Exportable(loaded, chosen, backbone, params, size, features)
+    family = family_of(backbone)
+    return Exportable(loaded, chosen, backbone, family, params, size, features)
+
+
+def _in_float32(backbone: Backbone) -> Backbone:
+    known = {field.name for field in dataclasses.fields(backbone)}
+    fields = {"dtype": jnp.float32, "attention_dtype": "float32", "remat": "none"}
+    return backbone.clone(**{name: value for name, value in fields.items() if name in known})
 
 
 def check_images(image_size: int) -> Float[np.ndarray, "3 s s 3"]:
@@ -115,47 +159,38 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def map_size(backbone: Swin, image_size: int, stage: int) -> int:
-    """Tokens along a side of a stage's map."""
-    return math.ceil(image_size / (backbone.patch_size * 2**stage))
-
-
-def position_indices(backbone: Swin) -> dict[str, Int[np.ndarray, "n n"]]:
-    """The buffers of relative positions that PyTorch's Swins keep, by published names."""
-    return {
-        f"layers.{stage}.blocks.{block}.attn.relative_position_index": relative_position_index(
-            backbone.stage_window(stage)[0]
-        ).astype(np.int64)
-        for stage, depth in enumerate(backbone.depths)
-        for block in range(depth)
-    }
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(path: Path, tensors: Tensors) -> None:
     """Writes a safetensors file, which keeps neither strides nor what is not contiguous."""
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     # `save_file` would make it readable for nobody else.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def refuse_size(image_size: int, sizes: Sequence[int], library: str, why: str) -> None:
-    """Raises a UserError unless `image_size` is among those at which a library agrees with us.
+def read_weights(source: Exportable, folder: Path, peer: Peer[Any]) -> Any:
+    """The backbone's params in a folder with `WEIGHTS_FILE` by the names of another library."""
+    tensors = source.family.weights(peer.from_names(load_file(folder / WEIGHTS_FILE)))
+    return params_from_state_dict(tensors)["backbone"]
 
-    Args:
-      image_size: pixels.
-      sizes: ascending.
-      library: whose features are compared.
-      why: what it does otherwise.
+
+def peer_or_refuse(source: Exportable, peer: Peer[Any] | None, library: str) -> Peer[Any]:
+    """The peer, if its library has the backbone and computes the same features at this image size.
+
+    Raises:
+      UserError: it does not.
     """
-    if image_size in sizes:
-        return
-    where = f"it agrees at {in_words(sizes)}" if sizes else "it agrees at no size"
-    raise UserError(
-        f"--image_size={image_size}: {library} would compute other features ({why}); {where}"
-    )
+    if peer is None:
+        raise UserError(f"{library} has no {type(source.backbone).__name__}; take another format")
+    sizes = peer.agreeing_sizes(source.backbone)
+    if source.image_size not in sizes:
+        where = f"it agrees at {size_ranges(sizes)}" if sizes else "it agrees at no size"
+        raise UserError(
+            f"{library}'s {peer.model} would compute other features ({peer.difference}); {where}",
+            argument="image_size", value=source.image_size,
+        )  # fmt: skip
+    return peer
 
 
-def in_words(sizes: Sequence[int]) -> str:
+def size_ranges(sizes: Sequence[int]) -> str:
     """Ascending sizes as ranges: "193 to 224 pixels"."""
     starts = [s for s in sizes if s - 1 not in sizes]
     ends = [s for s in sizes if s + 1 not in sizes]

@@ -12,19 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from esvit_jax.interop.files import (
-    CENTERS,
-    params_from_state_dict,
-    read_tensors,
-    sort_out,
-    state_dict_from_params,
-)
+from esvit_jax.interop.files import read_tensors, sort_contents
 from esvit_jax.interop.formats.base import (
     OWN_BOUND,
     Exportable,
+    Format,
     Reading,
-    position_indices,
     write_tensors,
+)
+from esvit_jax.interop.names.published import (
+    CENTERS,
+    Tensors,
+    params_from_state_dict,
+    state_dict_from_params,
 )
 
 FILE = "checkpoint.safetensors"  # {"teacher": {name: x}} is "teacher.name" there
@@ -63,14 +63,14 @@ def write(source: Exportable, folder: Path) -> None:
     torch.save(tensors | {"epoch": epochs(source)}, folder / PTH_FILE)
 
 
-def published_content(source: Exportable) -> dict[str, dict[str, np.ndarray]]:
+def published_content(source: Exportable) -> dict[str, Tensors]:
     """{"student", "teacher", "dino_loss"}, or the one backbone that there is."""
     loaded = source.loaded
     networks = {"student": loaded.student, "teacher": loaded.teacher}
     if loaded.facts.get("parts") == "backbone":
         networks = {source.key: networks[source.key]}
     content = {
-        name: state_dict_from_params(params) | position_indices(source.backbone)
+        name: state_dict_from_params(params) | source.family.buffer_tensors(source.backbone)
         for name, params in networks.items()
     }
     if "student" in content:
@@ -94,13 +94,17 @@ def epochs(source: Exportable) -> int:
 
 def read_params(file: Path, key: str) -> Any:
     """The backbone's params of one network in one of the two files."""
-    network = sort_out(read_tensors(file)).networks[key]
-    return params_from_state_dict(network)["backbone"]
+    contents = sort_contents(read_tensors(file))
+    tensors = contents.family.weights(contents.networks[key])
+    return params_from_state_dict(tensors)["backbone"]
 
 
-def readings(source: Exportable, folder: Path, images: Any) -> Iterator[Reading]:
+def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[Reading]:
     """Yields the features of our own network from each file."""
     for file in (folder / FILE, folder / PTH_FILE):
         if file.exists():
             features = source.features(read_params(file, source.key), images)
             yield Reading(f"esvit_jax from {file.name}", features, OWN_BOUND)
+
+
+FORMAT = Format(check=check, write=write, readings=readings, usage=usage)

@@ -5,12 +5,12 @@ The weights are inside: one file, and a function of images alone.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from esvit_jax.interop.formats.base import LIBRARY_BOUND, Exportable, Reading
+from esvit_jax.interop.formats.base import LIBRARY_BOUND, Exportable, Format, Reading
 
 FILE = "features.jax_export"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -41,8 +41,7 @@ def check(source: Exportable) -> None:
 
 def write(source: Exportable, folder: Path) -> None:
     """Writes the function and a README that says how to call it."""
-    params, size = source.params, source.image_size
-    backbone: Any = source.backbone
+    backbone, params, size = source.backbone, source.params, source.image_size
 
     @jax.jit
     def features(images):
@@ -59,7 +58,10 @@ def write(source: Exportable, folder: Path) -> None:
     (folder / "README.md").write_text(text)
 
 
-def readings(source: Exportable, folder: Path, images: Any) -> Iterator[Reading]:
+def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[Reading]:
     """Yields the features of the function in the file."""
     exported = jax.export.deserialize(bytearray((folder / FILE).read_bytes()))
     yield Reading(f"jax {jax.__version__}", exported.call(images), LIBRARY_BOUND)
+
+
+FORMAT = Format(check=check, write=write, readings=readings, usage=usage)
