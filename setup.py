@@ -18,7 +18,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["esvit_jax", "esvit_jax.*"]),
     package_data={
-        "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"]
+        "esvit_jax": ["py.typed"],
+        "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"],
     },
     entry_points={"console_scripts": ["esvit = esvit_jax.__main__:main"]},
     install_requires=[
