@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if unknown := re.match("unrecognized arguments: (.*)", message):
             raise UserError(self._unknown(unknown[1]))
+        if wrong := re.match("argument (?:-., )?(.*?): (.*)", message):
+            raise UserError(f"{wrong[1]}: {wrong[2]}")
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def print_help(self, file: Any = None) -> None:

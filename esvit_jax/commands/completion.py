@@ -33,7 +33,7 @@ complete -o default -F _esvit esvit
 """
 ZSH = """\
 _esvit() {{
-    local -a flags fields=({fields})
+    local -a own fields=({fields})
     if (( CURRENT == 2 )); then
         compadd -- {commands}
     elif [[ $PREFIX == *=* ]]; then
@@ -43,8 +43,8 @@ _esvit() {{
         case $words[2] in
 {cases}
         esac
-        compadd -S '' -- ${{(M)flags:#*=}}
-        compadd -- ${{flags:#*=}}
+        compadd -S '' -- ${{(M)own:#*=}}
+        compadd -- ${{own:#*=}}
     fi
 }}
 compdef _esvit esvit
@@ -66,42 +66,44 @@ def main(argv: list[str]) -> None:
     parser.add_argument("shell", choices=tuple(SHELLS), help="that is to run the script")
     shell = parser.parse_args(argv).shell
     fields = [f"--config.{name}=" for name in flatten(default_config())]
-    flags = {command: flags_of(command) for command in COMMANDS}
-    print(fish(flags, fields) if shell == "fish" else script(shell, flags, fields), end="")
+    words = {command: words_of(command) for command in COMMANDS}
+    print(fish(words, fields) if shell == "fish" else script(shell, words, fields), end="")
 
 
-def flags_of(command: str) -> list[str]:
-    """The flags of a command, as its --help lists them; those that take a value end in `=`."""
+def words_of(command: str) -> list[str]:
+    """The words of a command, as its --help lists them; flags that take a value end in `=`."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         importlib.import_module(COMMANDS[command][0]).main(["--help"])
     text = printed.getvalue()
-    listed = re.findall(r"^  (?:-\w, )?(--\w+)( [A-Z{])?", text, re.MULTILINE)
-    flags = [f"{name}=" if value else name for name, value in listed]
-    return [*flags, "--config="] if "--config=" in text else flags
+    flags = re.findall(r"^  (?:-\w, )?(--\w+)( [A-Z{])?", text, re.MULTILINE)
+    words = [f"{name}=" if value else name for name, value in flags]
+    for choices in re.findall(r"^  \{([\w,]+)\}", text, re.MULTILINE):  # not of a flag
+        words += choices.split(",")
+    return [*words, "--config="] if "--config=" in text else words
 
 
-def script(shell: str, flags: dict[str, list[str]], fields: list[str]) -> str:
+def script(shell: str, words: dict[str, list[str]], fields: list[str]) -> str:
     """The script of bash or zsh."""
-    assign = {"bash": 'words="{}"', "zsh": "flags=({})"}[shell]
+    template, assign = {"bash": (BASH, 'words="{}"'), "zsh": (ZSH, "own=({})")}[shell]
     cases = []
-    for command, words in flags.items():
-        words = [*words, "$fields"] if "--config=" in words else words
-        cases.append(f"            {command}) {assign.format(' '.join(words))} ;;")
-    return {"bash": BASH, "zsh": ZSH}[shell].format(
-        fields=" ".join(fields), commands=" ".join(flags), cases="\n".join(cases)
+    for command, own in words.items():
+        own = [*own, "$fields"] if "--config=" in own else own
+        cases.append(f"            {command}) {assign.format(' '.join(own))} ;;")
+    return template.format(
+        fields=" ".join(fields), commands=" ".join(words), cases="\n".join(cases)
     )
 
 
-def fish(flags: dict[str, list[str]], fields: list[str]) -> str:
+def fish(words: dict[str, list[str]], fields: list[str]) -> str:
     """The script of fish, a line a word."""
     lines = []
-    for command, words in flags.items():
+    for command, own in words.items():
         about = shlex.quote(COMMANDS[command][1])
         lines.append(f"complete -c esvit -n __fish_use_subcommand -f -a {command} -d {about}")
-        for word in [*words, *fields] if "--config=" in words else words:
+        seen = f"complete -c esvit -n '__fish_seen_subcommand_from {command}'"
+        for word in [*own, *fields] if "--config=" in own else own:
+            flag = word.startswith("--")
             value = " -r" if word.endswith("=") else ""
-            lines.append(
-                f"complete -c esvit -n '__fish_seen_subcommand_from {command}' "
-                f"-l {word.removeprefix('--').removesuffix('=')}{value}"
-            )
+            how = f"-l {word.removeprefix('--').removesuffix('=')}{value}"
+            lines.append(f"{seen} {how if flag else f'-f -a {word}'}")
     return "\n".join(lines) + "\n"

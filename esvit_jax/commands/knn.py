@@ -150,7 +150,7 @@ def evaluate(
         values = knn_accuracy(*train, *test, ks=ks, num_classes=sources[0].num_classes)
     if max(ks) > images[0]:
         console.print(
-            f"of k = {max(ks)} neighbours there are only {images[0]}: all of them vote",
+            f"there are only {images[0]} training images: where k is more, all of them vote",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return values, images
