@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from test_convert import random_params
+from test_knn_command import save_random
 
 import esvit_jax
 from esvit_jax import checkpoint
@@ -33,16 +34,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def workdir(tmp_path, tiny_config):
     """Of a run whose network has 16-px views and 16 features."""
-    return save(tmp_path / "run", tiny_config, seed=1)
-
-
-def save(directory, config, seed):
-    params = random_params(config, seed)
-    centers = {"view": np.zeros(32, np.float32), "region": np.zeros(32, np.float32)}
-    checkpoint.save_model(
-        directory, config=config, facts={}, student=params, teacher=params, centers=centers, step=6
-    )
-    return directory
+    return save_random(tmp_path / "run", tiny_config, seed=1)
 
 
 @pytest.fixture
@@ -149,7 +141,7 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, workdir, monkeypatch, capsy
 
 def test_parts_of_another_network_are_refused(tmp_path, workdir, tiny_config, monkeypatch):
     left_by_an_interruption(tmp_path, workdir, monkeypatch)
-    other = save(tmp_path / "other", tiny_config, seed=2)
+    other = save_random(tmp_path / "other", tiny_config, seed=2)
     with pytest.raises(UserError, match=r"parts of another embedding: params_sha1 .*remove it"):
         main(arguments(other, tmp_path / "f.npz"))
     with pytest.raises(UserError, match=r"split 'test\[:10\]' \(now 'test\[:8\]'\), records 10"):

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from esvit_jax.checkpoint import LoadedModel, load_model
+from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source, TFRecordSource, open_source
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
@@ -132,7 +133,7 @@ def embed(
     """
     if out is not None and Path(out).suffix not in WRITERS:
         raise UserError(f"it must end in {' or '.join(WRITERS)}", argument="out", value=str(out))
-    if out is not None and Path(out).exists():
+    if out is not None and os.path.exists(out):
         raise UserError(
             "it exists already; remove it or take another name", argument="out", value=str(out)
         )
@@ -207,7 +208,7 @@ class _Work:
             "network": loaded.facts.get("key", "teacher"),
             "params_sha1": params.hexdigest(),
             "step": loaded.step,
-            "backbone": {name: x for name, x in config.backbone.items() if x is not None},
+            "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},
             "data": source.name,
             "split": source.split,
             "records": len(source),

@@ -122,7 +122,7 @@ def check_split(
 
 
 def _check_arguments(
-    ks: Sequence[float],
+    ks: Sequence[int | float],
     temperature: float,
     num_classes: int | None,
     train_features: np.ndarray,
