@@ -19,7 +19,8 @@ setup(
     packages=[*find_packages(include=["esvit_jax", "esvit_jax.*"]), "esvit_jax.configs"],
     package_dir={"esvit_jax.configs": "configs"},  # for --config=quickstart from any folder
     package_data={
-        "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"]
+        "esvit_jax": ["py.typed"],
+        "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"],
     },
     entry_points={"console_scripts": ["esvit = esvit_jax.__main__:main"]},
     install_requires=[

@@ -1,10 +1,15 @@
 """The command line: `esvit COMMAND …`, or `python -m esvit_jax COMMAND …`."""
 
+import difflib
 import importlib
+import importlib.metadata
+import io
 import os
+import platform
 import sys
 
-from esvit_jax.errors import UserError
+from esvit_jax import __version__
+from esvit_jax.errors import RUN_ERROR, USER_ERROR, RunError, UserError
 
 COMMANDS = {
     "train": ("esvit_jax.commands.train", "train a backbone, or go on with an interrupted run"),
@@ -15,7 +20,10 @@ COMMANDS = {
     "config": ("esvit_jax.commands.config", "print a config, and the numbers of its run"),
     "bench": ("esvit_jax.commands.bench", "time the training step on this machine"),
     "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
+    "completion": ("esvit_jax.commands.completion", "print what completes commands in a shell"),
 }
+# As a shell counts: 128 and the number of the signal, SIGINT or SIGPIPE.
+INTERRUPTED, NOBODY_READS = 130, 141
 
 
 def restart_with_huge_pages() -> None:
@@ -35,21 +43,66 @@ def restart_with_huge_pages() -> None:
 def main() -> int:
     """Runs the command that the arguments name; returns the exit status."""
     restart_with_huge_pages()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     name, *argv = sys.argv[1:] or ["--help"]
+    try:
+        try:
+            return run(name, argv)
+        finally:
+            sys.stdout.flush()  # here one can still catch that nobody reads it
+    except BrokenPipeError:  # `esvit … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+    except KeyboardInterrupt:
+        complain(f"esvit {name}", "interrupted")
+        return INTERRUPTED
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Runs one command; returns the exit status. Bugs keep their traceback."""
+    if name in ("-h", "--help"):
+        print_help()
+        return 0
+    if name in ("-V", "--version"):
+        versions = f"jax {importlib.metadata.version('jax')}, Python {platform.python_version()}"
+        print(f"esvit {__version__} ({versions})")
+        return 0
     if name not in COMMANDS:
-        known = "\n".join(f"  {key:8} {about}" for key, (_, about) in COMMANDS.items())
-        asked = name in ("-h", "--help")
-        print(
-            f"{'' if asked else f'esvit: {name!r} is no command. '}usage: esvit COMMAND …\n{known}",
-            file=sys.stdout if asked else sys.stderr,
-        )
-        return 0 if asked else 2
+        similar = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(COMMANDS)}"
+        complain("esvit", f"{name!r} is no command; {advice}")
+        return USER_ERROR
     try:
         importlib.import_module(COMMANDS[name][0]).main(argv)
     except UserError as error:
-        print(f"esvit {name}: {error}", file=sys.stderr)
-        return 2
+        complain(f"esvit {name}", str(error))
+        return USER_ERROR
+    except RunError as error:
+        complain(f"esvit {name}", str(error))
+        return RUN_ERROR
     return 0
+
+
+def print_help() -> None:
+    """Prints the commands."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    console.print("usage: esvit COMMAND …", highlight=False)
+    width = max(map(len, COMMANDS))
+    for key, (_, about) in COMMANDS.items():
+        console.print(Text.assemble("  ", (key.ljust(width), "bold"), "  ", about))
+    console.print("esvit COMMAND --help lists its flags; esvit --version", highlight=False)
+
+
+def complain(who: str, message: str) -> None:
+    """Says on standard error, in one line, what is wrong."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{who}: ", "bold red"), message))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """k-NN against the public implementation's numbers and against a loop over single images."""
 
+import inspect
 import io
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from esvit_jax.errors import UserError
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import knn
-from esvit_jax.evaluate.knn import knn_accuracy, knn_table
+from esvit_jax.evaluate.knn import check_split, knn_accuracy, knn_table
 
 GOLDEN = Path(__file__).parent / "data" / "knn.npz"
 SPLITS = ("train_features", "train_labels", "test_features", "test_labels")
@@ -58,6 +60,12 @@ def test_public_numbers(blocks):
         assert percent == pytest.approx(float(golden[name]), abs=1e-9), name
 
 
+def named_after_voters(result, n):
+    """{"top1/20": …} to {"top1/3": …} with three train images."""
+    numbered = [(name.split("/"), x) for name, x in result.items()]
+    return {f"{top}/{min(int(k), n)}": x for (top, k), x in numbered}
+
+
 @pytest.mark.parametrize(
     ("n", "m", "d", "classes"),
     [
@@ -72,7 +80,7 @@ def test_public_numbers(blocks):
 def test_equals_loop(n, m, d, classes):
     split = random_split(n + m, n, m, d, classes)
     ks = (1, 5, 20)
-    expected = brute_force(*split, ks)
+    expected = named_after_voters(brute_force(*split, ks), n)
     assert knn_accuracy(*split, ks=ks, train_block=16, test_block=4) == pytest.approx(expected)
     assert knn_accuracy(*split, ks=ks) == pytest.approx(expected)
     if classes == 1:
@@ -140,18 +148,24 @@ def test_no_array_grows_with_test_times_train():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_labels": np.array([0, -1, 1])}, r"train_split: 1 of 3 images have no label"),
-        ({"test_labels": np.array([-1, -1])}, r"test_split: 2 of 2 images have no label"),
-        ({"test_labels": np.array([0, 5])}, r"test_split: label 5 does not fit 2 classes"),
-        ({"ks": (10, 0)}, r"config.evaluate.k: \(10, 0\)"),
-        ({"ks": ()}, r"config.evaluate.k: \(\)"),
+        ({"train_labels": np.array([0, -1, 1])}, r"train_labels: 1 of 3 images have no label"),
+        ({"test_labels": np.array([-1, -1])}, r"test_labels: 2 of 2 images have no label"),
+        (
+            {"test_labels": np.array([0, 5])},
+            r"num_classes = 2: it must be at least 6: test_labels hold a 5",
+        ),
+        ({"ks": (10, 0)}, r"ks = \(10, 0\): it must be whole numbers from 1 up"),
+        ({"ks": ()}, r"ks = \(\): it must be"),
+        ({"temperature": 0.0}, r"temperature = 0.0: it must be more than 0"),
+        ({"temperature": float("nan")}, r"temperature = nan"),
+        ({"num_classes": 0}, r"num_classes = 0: it must be at least 1"),
         (
             {"test_features": np.array([[1, np.nan], [0, 1]], np.float32)},
-            r"test split: 1 of 2 vectors are not finite",
+            r"test_features: 1 of 2 vectors are not finite",
         ),
         (
             {"test_features": np.zeros((0, 2), np.float32), "test_labels": np.zeros(0, int)},
-            r"test_split: no images",
+            r"test_labels: no images",
         ),
     ],
 )
@@ -167,10 +181,64 @@ def test_refuses(change, message):
         knn_accuracy(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ks": (1.5,)}, r"ks = \(1.5,\): it must be whole numbers"),
+        ({"test_features": np.ones((2, 3), np.float32)}, "train_features have 2 columns, test_fea"),
+        ({"test_labels": np.array([0])}, "test_labels: 1 labels of 2 images"),
+    ],
+)
+def test_refuses_what_types_would_tell(change, message):
+    """Types are checked in tests only."""
+    unchecked: Any = inspect.unwrap(knn_accuracy)
+    eye, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
+    arguments: dict[str, Any] = {
+        "train_features": eye, "train_labels": labels, "test_features": eye, "test_labels": labels,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        unchecked(**arguments | change)
+
+
+def test_results_are_named_after_the_neighbours_that_voted():
+    """With 160 train images nobody has 200 neighbours; ks that come to the same count once."""
+    split = random_split(3, 160, 20, 6, 4)
+    result = knn_accuracy(*split, ks=(10, 160, 200, 300))
+    assert list(result) == ["top1/10", "top5/10", "top1/160", "top5/160"]
+    assert result["top1/160"] == brute_force(*split, (200,))["top1/200"]
+
+
+class Split(NamedTuple):
+    name: str
+    split: str
+    length: int
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("labels", "features", "error", "message"),
+    [
+        ([], 1.0, UserError, r"photos test: none of 3 images can be read"),
+        ([0, -1], 1.0, UserError, r"photos test: 1 of 2 images have no label"),
+        ([0, 1], np.inf, RunError, r"photos test: the features of 2 of 2 images are not finite"),
+    ],
+)
+def test_splits_that_cannot_be_classified_with(labels, features, error, message):
+    split: Any = Split("photos", "test", 3)
+    with pytest.raises(error, match=message):
+        inspect.unwrap(check_split)(
+            split, np.full((len(labels), 2), features, np.float32), np.array(labels, np.int32)
+        )
+
+
 def test_table():
     screen = io.StringIO()
     console = Console(file=screen, width=60)
-    console.print(knn_table({"top1/10": 72.3333, "top5/10": 98, "top1/20": 8, "top5/20": 9.996}))
+    console.print(
+        knn_table({"top1/10": 72.3333, "top5/10": 98.0, "top1/20": 8.0, "top5/20": 9.996})
+    )
     rows = [line for line in screen.getvalue().splitlines() if "│" in line]
     cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
     assert cells == [["10", "72.33", "98.00"], ["20", "8.00", "10.00"]]

@@ -1,41 +1,44 @@
 """`esvit train`: train a backbone, or go on with an interrupted run."""
 
-import argparse
+from pathlib import Path
 
-import jax
-from absl import logging
-from rich.console import Console
-
-from esvit_jax import parallel
-from esvit_jax.analyze.summary import draw_figures, knn_summary
-from esvit_jax.config import parse_config
-from esvit_jax.errors import UserError
-from esvit_jax.loop import train
+from esvit_jax.commands.arguments import ConfigParser, path, quiet_libraries
+from esvit_jax.errors import UserError, renamed
 
 
 def main(argv: list[str]) -> None:
     """`esvit train`."""
-    parser = argparse.ArgumentParser(
-        prog="esvit train",
-        description="Trains a backbone, or goes on with a run that was interrupted.",
-        epilog="--config=FILE[:arguments] and --config.field=value describe the run.",
-    )
-    parser.add_argument("--workdir", required=True, help="where the run is kept")
+    parser = ConfigParser("train", "Trains a backbone, or goes on with a run that was interrupted.")
+    parser.add_argument("--workdir", required=True, type=path, help="where the run is kept")
     parser.add_argument(
         "--distributed", action="store_true", help="connect the processes of several hosts first"
     )
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(argv)
-    config, rest = parse_config(argv)
-    arguments = parser.parse_args(rest)
-    logging.set_verbosity(logging.WARNING)
-    if "://" in arguments.workdir:
-        raise UserError(f"--workdir={arguments.workdir} is remote: mount the bucket as a folder")
+    config, arguments = parser.parse(argv)
+    workdir = arguments.workdir
+    if "://" in workdir:
+        raise UserError(
+            "it is remote: mount the bucket as a folder", argument="--workdir", value=workdir
+        )
+
+    import jax
+    from rich.console import Console
+
+    from esvit_jax import parallel
+    from esvit_jax.analyze.summary import draw_figures, knn_summary
+    from esvit_jax.loop import train
+    from esvit_jax.runlog.writer import read_metrics
+
+    quiet_libraries()
     if arguments.distributed:
         parallel.start_distributed()
-    train(config, arguments.workdir)
-    if jax.process_index() == 0:
-        if table := knn_summary(arguments.workdir):
-            Console().print(table)
-        loss, views = draw_figures(config, arguments.workdir)
+    with renamed(workdir="--workdir"):
+        train(config, workdir)
+    if jax.process_index() != 0:
+        return
+    if table := knn_summary(workdir):
+        Console().print(table)
+    if any("loss" in line for line in read_metrics(Path(workdir) / "metrics.jsonl")):
+        loss, views = draw_figures(config, workdir)
         print(f"the loss: {loss}\nthe views of one image: {views}")
+    else:
+        print("no figures yet: there is no line of metrics with a loss")

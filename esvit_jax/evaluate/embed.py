@@ -1,224 +1,264 @@
-"""`esvit embed`: features of every image of a data set, in one file.
+"""`esvit_jax.embed`: features of every image of a data set, in memory or in one file.
 
-Batches are written to a folder beside the file as they come, so that memory does not grow with the
-data and a broken run goes on where it was; the file is put together from them at the end.
+On the way to a file, batches are written to a folder beside it as they come (`parts.py`), so that
+memory does not grow with the data and a broken run goes on where it was; the file is put together
+from them at the end.
 """
 
 import hashlib
-import itertools
-import json
 import os
-import shutil
-import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
+from rich.console import Console
 
-from esvit_jax.checkpoint import LoadedModel
-from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.checkpoint import LoadedModel, load_model
+from esvit_jax.config import flatten
+from esvit_jax.data.sources import Source, TFRecordSource, open_source
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
+from esvit_jax.evaluate.parts import WRITERS, Parts
+from esvit_jax.runlog.alive import signs_of_life
+
+
+class Embedding(NamedTuple):
+    """Features of n images, in the order of the data; a file holds the same under the same names.
+
+    Attributes:
+      view_features: f32[n, d], the backbone's view features of the images' centres.
+      region_features: f32[n, h, w, d], or None where they were not asked for.
+      label: int32[n], or None where no image has a label.
+      id: strings [n]: a file below its folder, or TFDS's shard__index.
+      about: network, data, classes and sizes; "images" is n, "unreadable" the number of records
+        that are no image.
+    """
+
+    view_features: np.ndarray
+    region_features: np.ndarray | None
+    label: np.ndarray | None
+    id: np.ndarray
+    about: dict[str, Any]
+
+
+@overload
+def embed(
+    network: LoadedModel | str | os.PathLike,
+    data: Source | TFRecordSource | str | None = None,
+    out: None = None,
+    *,
+    split: str | None = None,
+    data_dir: str | None = None,
+    step: int | None = None,
+    regions: bool = False,
+    batch_size: int | None = None,
+    console: Console | None = None,
+) -> Embedding: ...
+
+
+@overload
+def embed(
+    network: LoadedModel | str | os.PathLike,
+    data: Source | TFRecordSource | str | None = None,
+    *,
+    out: str | os.PathLike,
+    split: str | None = None,
+    data_dir: str | None = None,
+    step: int | None = None,
+    regions: bool = False,
+    batch_size: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]: ...
+
+
+@overload
+def embed(
+    network: LoadedModel | str | os.PathLike,
+    data: Source | TFRecordSource | str | None,
+    out: str | os.PathLike,
+    *,
+    split: str | None = None,
+    data_dir: str | None = None,
+    step: int | None = None,
+    regions: bool = False,
+    batch_size: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]: ...
 
 
 def embed(
-    loaded: LoadedModel, source: Source | TFRecordSource, out: str | os.PathLike, *, regions: bool
-) -> int:
-    """Writes the features of every image that can be decoded.
+    network: LoadedModel | str | os.PathLike,
+    data: Source | TFRecordSource | str | None = None,
+    out: str | os.PathLike | None = None,
+    *,
+    split: str | None = None,
+    data_dir: str | None = None,
+    step: int | None = None,
+    regions: bool = False,
+    batch_size: int | None = None,
+    console: Console | None = None,
+) -> Embedding | dict[str, Any]:
+    """Computes the features of every image that can be read, in memory or in a file.
 
-    The columns (arrays of a .npz file) are `view` f32[n, d], the backbone's view features of the
-    images' centres; with `regions` also `regions` f32[n, h, w, d]; `label` int32[n], where there
-    are labels; `id`, strings: the file below its folder, or TFDS's shard__index; in the order of
-    the source. `about` (in a .parquet file the schema's metadata) is JSON: network, data, classes
-    and shapes. A .parquet file has a row group a batch, and its regions are flat.
+        found = esvit_jax.embed("runs/first", "folder:photos")
+        found.view_features, found.id  # f32[n, d], n names of files
+        esvit_jax.embed("runs/first", "folder:photos", "photos.parquet")
+
+    A file has a column (a .npz file an array) for each field of `Embedding` but those that are
+    None. `about` is JSON there (of a .parquet file, metadata of the schema). A .parquet file has a
+    row group a batch, and its region features are flat.
 
     Args:
-      loaded: the network, and the config of the batch and image size.
-      source: the images.
-      out: .npz or .parquet file; it appears when it is whole.
-      regions: whether to write the region features too.
+      network: a workdir or a converted checkpoint, or what `load_model` made of it.
+      data: as `config.data.name`, or an open source; None is what the run trained on.
+      out: .npz or .parquet file to make, or None to get the arrays. It appears when it is whole.
+        After an interruption, the same call goes on where the last one was.
+      split: as in TFDS; None is "train", or without `data` the run's training split.
+      data_dir: where TFDS data sets lie; None is the run's `config.data.data_dir`.
+      step: of the checkpoint; None is the newest.
+      regions: whether to compute region features too.
+      batch_size: images a batch, over all devices; None is the run's `config.evaluate.batch_size`,
+        or less where that does not fit the data or the devices.
+      console: a rich console to report to; None is standard output.
 
     Returns:
-      The number of images written.
+      An `Embedding`, or with `out` its `about`.
 
     Raises:
-      UserError: the file is there already, is of neither kind, or the parts of another embedding
-        lie beside it; no image can be decoded.
+      UserError: `out` is there already, is of neither kind, cannot be written, or the parts of
+        another embedding lie beside it; the devices cannot share `batch_size` images; there is no
+        such network or data, or no record of it is an image.
     """
-    out = Path(out)
-    writers = {".npz": _write_npz, ".parquet": _write_parquet}
-    if out.suffix not in writers:
-        raise UserError(f"--out={out}: it must end in {' or '.join(writers)}")
-    if out.exists():
-        raise UserError(f"--out={out} exists already; remove it or take another name")
-    about = _about(loaded, source, regions)
-    parts = _Parts(out.with_name(out.name + ".parts"), about)
-    _compute(loaded, source, parts, regions)
-
-    about |= {"class_names": list(source.class_names), "images": parts.count_images()}
-    if not about["images"]:
-        shutil.rmtree(parts.folder)
-        raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")
-    whole = parts.folder / "whole.tmp"
-    writers[out.suffix](whole, parts, about)
-    whole.rename(out)
-    shutil.rmtree(parts.folder)
-    return about["images"]
-
-
-def _about(loaded: LoadedModel, source: Source | TFRecordSource, regions: bool) -> dict[str, Any]:
-    """What features depend on: parts of an earlier start must agree in all of it."""
-    config = loaded.config
-    params = hashlib.sha1()
-    for array in jax.tree.leaves(loaded.params["backbone"]):
-        params.update(np.asarray(array).tobytes())
-    return {
-        "network": loaded.facts.get("key", "teacher"),
-        "params_sha1": params.hexdigest(),
-        "step": loaded.step,
-        "backbone": {name: x for name, x in config.backbone.items() if x is not None},
-        "data": source.name,
-        "split": source.split,
-        "records": len(source),
-        "batch_size": config.evaluate.batch_size,
-        "image_size": config.evaluate.size or config.views.global_size,
-        "crop": config.evaluate.crop,
-        "canvas_size": config.data.canvas_size,
-        "dtype": config.dtype,
-        "regions": regions,
-    }
-
-
-class _Parts:
-    """The batches of an embedding that are done, a .npz file each, in a folder."""
-
-    def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder = folder
-        self._about = folder / "about.json"
-        about = json.loads(json.dumps(about))
-        if self._about.exists():
-            earlier = json.loads(self._about.read_text())
-            changed = [key for key in about if about[key] != earlier.get(key)]
-            if changed:
-                was = ", ".join(
-                    f"{key} {earlier.get(key)!r} (now {about[key]!r})" for key in changed
-                )
-                raise UserError(
-                    f"{folder} holds the parts of another embedding: {was}; remove it to begin anew"
-                )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write(self._about, lambda file: file.write(json.dumps(about).encode()))
-        self._count = next(i for i in itertools.count() if not self._path(i).exists())
-
-    def __len__(self) -> int:
-        """Batches done, without a gap."""
-        return self._count
-
-    def add(self, arrays: dict[str, Any]) -> None:
-        """Writes the next batch."""
-        self._write(self._path(self._count), lambda file: np.savez(file, **arrays))
-        self._count += 1
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches, whose arrays are read when they are asked for."""
-        for i in range(len(self)):
-            with np.load(self._path(i)) as part:
-                yield part
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """The first batch's arrays that are to be written: no labels where there are none."""
-        labelled = any((part["label"] >= 0).any() for part in self)
-        with np.load(self._path(0)) as part:
-            return {name: part[name] for name in part.files if name != "label" or labelled}
-
-    def count_images(self) -> int:
-        """Images in all of them."""
-        return sum(len(part["label"]) for part in self)
-
-    def _path(self, i: int) -> Path:
-        return self.folder / f"{i:08d}.npz"
-
-    def _write(self, path: Path, write: Any) -> None:
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            write(file)
-        temporary.replace(path)
-
-
-def _compute(
-    loaded: LoadedModel, source: Source | TFRecordSource, parts: _Parts, regions: bool
-) -> None:
-    """Adds the batches that are missing."""
-    config = loaded.config
-    backbone = loaded.model.backbone
-
-    def extract(params, batch):
-        out = backbone.forward(params, evaluation_images(config, batch))
-        return (
-            {"view": out.view_features, "regions": out.region_features}
-            if regions
-            else {"view": out.view_features}
+    if out is not None and Path(out).suffix not in WRITERS:
+        raise UserError(f"it must end in {' or '.join(WRITERS)}", argument="out", value=str(out))
+    if out is not None and os.path.exists(out):
+        raise UserError(
+            "it exists already; remove it or take another name", argument="out", value=str(out)
         )
-
-    batch_size = config.evaluate.batch_size
-    first = done = len(parts)
-    total = -(-len(source) // batch_size)
-    if first:
-        print(f"{first} of {total} batches are there already")
-    if first == total:
-        return
-    started = said = time.monotonic()
-    extractor = FeatureExtractor(extract, config)
-    for batch in extractor.batches(loaded.params["backbone"], source, first):
-        parts.add(batch["features"] | {"label": batch["label"], "id": np.array(batch["id"], str)})
-        done += 1
-        now = time.monotonic()
-        if now - said > 10 and done < total:
-            said = now
-            rate = (done - first) * batch_size / (now - started)
-            print(f"{done * batch_size} of {len(source)} images, {rate:.0f} img/s", flush=True)
+    if batch_size is not None and (batch_size < 1 or batch_size % jax.device_count()):
+        raise UserError(
+            f"{jax.device_count()} devices cannot share that many",
+            argument="batch_size", value=batch_size,
+        )  # fmt: skip
+    loaded = network if isinstance(network, LoadedModel) else load_model(network, step)
+    source = _open(loaded, data, split, data_dir)
+    work = _Work(loaded, source, regions, batch_size)
+    console = console or Console()
+    with signs_of_life(work.extractor.describe, console):
+        if out is None:
+            return _in_memory(work)
+        return _in_file(work, Path(out), console)
 
 
-def _write_npz(path: Path, parts: _Parts, about: dict[str, Any]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, first in parts.columns().items():
-            dtype = first.dtype
-            if name == "id":  # strings of an array are of one length, the longest's
-                dtype = max((part["id"].dtype for part in parts), key=lambda dtype: dtype.itemsize)
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (about["images"], *first.shape[1:]),
-            }
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    file.write(part[name].astype(dtype).tobytes())
-        with archive.open("about.npy", "w") as file:
-            np.lib.format.write_array(file, np.array(json.dumps(about)))
+def _open(
+    loaded: LoadedModel,
+    data: Source | TFRecordSource | str | None,
+    split: str | None,
+    data_dir: str | None,
+) -> Source | TFRecordSource:
+    if isinstance(data, Source | TFRecordSource):
+        return data
+    config = loaded.config.data
+    wanted = split or ("train" if data else config.train_split)
+    return open_source(data or config.name, wanted, data_dir or config.data_dir or None)
 
 
-def _write_parquet(path: Path, parts: _Parts, about: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class _Work:
+    """A network and the images it is to be run on."""
 
-    columns = parts.columns()
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        source: Source | TFRecordSource,
+        regions: bool,
+        batch_size: int | None,
+    ):
+        config, backbone = loaded.config.copy_and_resolve_references(), loaded.model.backbone
+        config.evaluate.batch_size = batch_size or config.evaluate.batch_size
+        self._loaded, self._config, self.source, self._regions = loaded, config, source, regions
 
-    def column(array: np.ndarray) -> pa.Array:
-        if array.ndim == 1:
-            return pa.array(array)
-        return pa.FixedSizeListArray.from_arrays(array.ravel(), int(np.prod(array.shape[1:])))
+        def extract(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            out = backbone.forward(params, evaluation_images(config, batch))
+            if not regions:
+                return {"view_features": out.view_features}
+            return {"view_features": out.view_features, "region_features": out.region_features}
 
-    def table(part: Any) -> pa.Table:
-        return pa.table({name: column(part[name]) for name in columns})
+        self.extractor = FeatureExtractor(extract, config, [source])
 
-    shapes = {name: array.shape[1:] for name, array in columns.items()}
-    metadata = {"about": json.dumps(about | {"shapes": shapes})}
-    schema = table(columns).schema.with_metadata(metadata)
-    with pq.ParquetWriter(path, schema) as writer:
-        for part in parts:
-            if len(part["id"]):
-                writer.write_table(table(part).cast(schema))
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.source) // self.extractor.batch_size)
+
+    def batches(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Columns of the batches from `first` on; labels are -1 where there are none."""
+        params = self._loaded.params["backbone"]
+        for batch in self.extractor.batches(params, self.source, first):
+            yield batch["features"] | {"label": batch["label"], "id": np.array(batch["id"], str)}
+
+    def about(self) -> dict[str, Any]:
+        """What features depend on: parts of an earlier start must agree in all of it."""
+        loaded, config, source = self._loaded, self._config, self.source
+        regions = ["region_features"] if self._regions else []
+        params = hashlib.sha1()
+        for array in jax.tree.leaves(loaded.params["backbone"]):
+            params.update(np.asarray(array).tobytes())
+        return {
+            "network": loaded.facts.get("key", "teacher"),
+            "params_sha1": params.hexdigest(),
+            "step": loaded.step,
+            "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},
+            "data": source.name,
+            "split": source.split,
+            "records": len(source),
+            "batch_size": self.extractor.batch_size,
+            "image_size": config.evaluate.size or config.views.global_size,
+            "crop": config.evaluate.crop,
+            "canvas_size": config.data.canvas_size,
+            "dtype": config.dtype,
+            "columns": ["view_features", *regions],
+        }
+
+    def found(self, images: int) -> dict[str, Any]:
+        """What is known when all is done.
+
+        Raises:
+          UserError: nothing was found.
+        """
+        source = self.source
+        if not images:
+            raise UserError(
+                f"{source.name} {source.split}: none of {len(source)} records is an image"
+            )
+        unreadable = len(source) - images
+        return {"class_names": list(source.class_names), "images": images, "unreadable": unreadable}
+
+
+def _in_memory(work: _Work) -> Embedding:
+    batches = list(work.batches())
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    about = work.about() | work.found(len(columns["id"]))
+    label = columns["label"] if (columns["label"] >= 0).any() else None
+    return Embedding(
+        columns["view_features"], columns.get("region_features"), label, columns["id"], about
+    )
+
+
+def _in_file(work: _Work, out: Path, console: Console) -> dict[str, Any]:
+    def report(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    about = work.about()
+    parts = Parts(out, about, work.num_batches, report)
+    for first, stop in parts.gaps():
+        for i, batch in zip(range(first, stop), work.batches(first), strict=False):
+            parts.write(i, batch)
+
+    try:
+        about |= work.found(parts.count_images())
+    except UserError:
+        parts.remove()
+        raise
+    parts.make_whole(about)
+    return about

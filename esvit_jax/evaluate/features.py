@@ -1,6 +1,7 @@
 """Features of every image of a source, computed on all devices."""
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from esvit_jax import parallel, steps
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import center_view
 from esvit_jax.data.loader import eval_batches
+from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.models import Backbone
 
 
 def evaluation_images(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
@@ -25,7 +28,7 @@ def evaluation_images(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Ar
     )
 
 
-def view_features(backbone: Any, config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
+def view_features(backbone: Backbone, config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
     """(the backbone's params, batch) -> view features f32[b, d]."""
 
     def extract(params, batch):
@@ -47,10 +50,12 @@ def raw_pixels(config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
 def fitting_batch_size(batch_size: int, lengths: Sequence[int], devices: int) -> int:
     """Images a batch: `batch_size`, or what covers the smallest of some data sets, if that is less.
 
-    At least 32, so that devices have something to do, and a multiple of their number.
+    At least 32, so that devices have something to do, unless `batch_size` is less; and always a
+    multiple of the number of devices.
     """
     smallest = max(32, min(lengths, default=batch_size))
-    return min(batch_size, -(-smallest // devices) * devices)
+    wanted = min(batch_size, -(-smallest // devices) * devices)
+    return max(wanted // devices, 1) * devices
 
 
 class FeatureExtractor:
@@ -64,7 +69,10 @@ class FeatureExtractor:
     """
 
     def __init__(
-        self, extract: Callable[[Any, dict], Any], config: ConfigDict, sources: Sequence[Any] = ()
+        self,
+        extract: Callable[[Any, dict], Any],
+        config: ConfigDict,
+        sources: Sequence[Source | TFRecordSource] = (),
     ):
         self._config = config
         self.batch_size = fitting_batch_size(
@@ -72,13 +80,19 @@ class FeatureExtractor:
         )
         step = functools.partial(steps.feature_step, extract=extract)
         self._step = parallel.lift(step, config.parallel)
+        self._progress = "features"
 
-    def batches(self, params: Any, source: Any, first_batch: int = 0) -> Iterator[dict[str, Any]]:
+    def batches(
+        self, params: Any, source: Source | TFRecordSource, first_batch: int = 0
+    ) -> Iterator[dict[str, Any]]:
         """{"features", "label", "id"} of the images of a batch, in order, without padding.
 
-        "id" is of this process's images only. `first_batch` batches are left out.
+        Images that cannot be read are left out. "id" is of this process's images only.
+        `first_batch` batches are left out.
         """
         config = self._config
+        what = f"features of {source.name} {source.split}"
+        self._progress = f"{what}: reading, and compiling for the first batch"
         host_batches = eval_batches(
             source,
             batch_size=self.batch_size,
@@ -88,15 +102,29 @@ class FeatureExtractor:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        for batch in host_batches:
+        started = None
+        for i, batch in enumerate(host_batches):
             result = jax.tree.map(np.asarray, self._step(params, parallel.shard(batch)))
             kept = result.pop("mask")
             result = jax.tree.map(lambda x, kept=kept: x[kept], result)
             ids = [i for i, keep in zip(batch["id"], batch["mask"], strict=True) if keep]
+            now = time.monotonic()
+            started = started or now
+            done = min((first_batch + i + 1) * self.batch_size, len(source))
+            self._progress = f"{what}: {done} of {len(source)} images"
+            if i:  # the pace without compilation
+                self._progress += f", {i * self.batch_size / (now - started):.0f} img/s"
             yield result | {"id": ids}
 
-    def arrays(self, params: Any, source: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Features f32[n, d] and labels int32[n] (-1 for none) of all images, in memory."""
+    def describe(self) -> str:
+        """How far it is, on one line, for `runlog.alive.signs_of_life`."""
+        return self._progress
+
+    def arrays(self, params: Any, source: Source | TFRecordSource) -> tuple[np.ndarray, np.ndarray]:
+        """Features f32[n, d] and labels int32[n] (-1 for none) of all images, in memory.
+
+        n is the number of images that could be read, which may be less than `len(source)`.
+        """
         parts = [(batch["features"], batch["label"]) for batch in self.batches(params, source)]
         features, labels = zip(*parts, strict=True)
         return np.concatenate(features), np.concatenate(labels)

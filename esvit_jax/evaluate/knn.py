@@ -4,7 +4,7 @@ The devices find the neighbours, block by block; the host counts the votes in fl
 neither the order of a parallel sum nor its rounding decides which class wins.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from rich.table import Table
 
-from esvit_jax.errors import UserError
+from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.errors import RunError, UserError
+from esvit_jax.evaluate.result import Result
 
 
 def knn_accuracy(
@@ -39,7 +41,8 @@ def knn_accuracy(
     - Top-5 counts a test image whose class is among the five with the most votes. Where fewer than
       five classes got a vote, the lowest-numbered others fill up, as in the public implementation;
       with five classes or fewer top-5 is therefore 100.
-    - With fewer than k train images all of them vote; the result is still named after k.
+    - With fewer than k train images all of them vote, and the result is named after their number:
+      of 160 train images and ks (20, 200) come "top1/20" and "top1/160".
 
     Memory on the device: test features, `max(ks)` neighbours of each test image, one block of
     train features and one [test_block, train_block] block of similarities. Nothing grows with
@@ -55,16 +58,17 @@ def knn_accuracy(
       `{"top1/10": percent, "top5/10": percent, ...}`, two entries for each k in the order of `ks`.
 
     Raises:
-      UserError: no images, images without a label (-1), labels ≥ `num_classes`, features that are
-        not finite (they would count as hits), or a k below 1.
+      UserError: no images, another number of labels than of images, images without a label (-1),
+        labels ≥ `num_classes`, features of two lengths or not finite (they would count as hits), a
+        k that is no whole number from 1, or a temperature that is not positive.
     """
+    _check_arguments(ks, temperature, num_classes, train_features, test_features)
     largest = max(train_labels.max(initial=-1), test_labels.max(initial=-1))
     num_classes = int(largest) + 1 if num_classes is None else num_classes
     _check_images("train", train_features, train_labels, num_classes)
     _check_images("test", test_features, test_labels, num_classes)
-    if not ks or min(ks) < 1:
-        raise UserError(f"config.evaluate.k: {tuple(ks)}: give numbers of neighbours from 1 up")
 
+    ks = tuple(dict.fromkeys(min(int(k), len(train_labels)) for k in ks))
     hits = {f"top{top}/{k}": 0 for k in ks for top in (1, 5)}
     neighbours = _nearest(
         train_features, train_labels, test_features, max(ks), train_block, test_block
@@ -80,37 +84,80 @@ def knn_accuracy(
     return {name: 100.0 * count / len(test_labels) for name, count in hits.items()}
 
 
-def knn_table(result: dict[str, float]) -> Table:
+def knn_table(values: Mapping[str, float]) -> Table:
     """What `knn_accuracy` returned, as a table: a row for each k, top-1 and top-5 in percent."""
     table = Table("k", "top-1 %", "top-5 %", title="k-NN")
     for column in table.columns:
         column.justify = "right"
-    for name, top1 in result.items():
-        kind, k = name.split("/")
-        if kind == "top1":
-            table.add_row(k, f"{top1:.2f}", f"{result[f'top5/{k}']:.2f}")
+    result = Result("knn", values)
+    top5 = result.quantity("top5")
+    for k, top1 in result.quantity("top1").items():
+        table.add_row(k, f"{top1:.2f}", f"{top5[k]:.2f}")
     return table
+
+
+def check_split(
+    source: Source | TFRecordSource,
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+) -> None:
+    """Refuses what `knn_accuracy` would refuse of a split, by the names of data set and split.
+
+    Raises:
+      UserError: no image could be read, or some have no label.
+      RunError: features are not finite.
+    """
+    where = f"{source.name} {source.split}"
+    if len(labels) == 0:
+        raise UserError(f"{where}: none of {len(source)} images can be read; k-NN needs some")
+    if unlabelled := int(np.sum(labels < 0)):
+        raise UserError(
+            f"{where}: {unlabelled} of {len(labels)} images have no label; k-NN needs all of them"
+        )
+    if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
+        raise RunError(
+            f"{where}: the features of {bad} of {len(features)} images are not finite; the network "
+            "diverged, evaluate an earlier checkpoint"
+        )
+
+
+def _check_arguments(
+    ks: Sequence[int | float],
+    temperature: float,
+    num_classes: int | None,
+    train_features: np.ndarray,
+    test_features: np.ndarray,
+) -> None:
+    if not ks or not all(isinstance(k, int | np.integer) and k >= 1 for k in ks):
+        raise UserError("it must be whole numbers from 1 up", argument="ks", value=tuple(ks))
+    if not 0 < temperature < float("inf"):
+        raise UserError("it must be more than 0", argument="temperature", value=temperature)
+    if num_classes is not None and num_classes < 1:
+        raise UserError("it must be at least 1", argument="num_classes", value=num_classes)
+    if train_features.shape[1] != test_features.shape[1]:
+        raise UserError(
+            f"train_features have {train_features.shape[1]} columns, test_features have "
+            f"{test_features.shape[1]}; both must come from one network"
+        )
 
 
 def _check_images(split: str, features: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
     if len(labels) == 0:
-        raise UserError(
-            f"config.data.{split}_split: no images; k-NN needs at least one in each split"
-        )
+        raise UserError(f"{split}_labels: no images; there must be at least one")
+    if len(labels) != len(features):
+        raise UserError(f"{split}_labels: {len(labels)} labels of {len(features)} images")
     if unlabelled := int(np.sum(labels < 0)):
         raise UserError(
-            f"config.data.{split}_split: {unlabelled} of {len(labels)} images have no label; "
-            "k-NN needs a labelled split"
+            f"{split}_labels: {unlabelled} of {len(labels)} images have no label (-1); leave such "
+            "images out"
         )
     if labels.max() >= num_classes:
         raise UserError(
-            f"config.data.{split}_split: label {labels.max()} does not fit {num_classes} classes"
-        )
+            f"it must be at least {labels.max() + 1}: {split}_labels hold a {labels.max()}",
+            argument="num_classes", value=num_classes,
+        )  # fmt: skip
     if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
-        raise UserError(
-            f"features of the {split} split: {bad} of {len(features)} vectors are not finite; "
-            "evaluate an earlier checkpoint"
-        )
+        raise UserError(f"{split}_features: {bad} of {len(features)} vectors are not finite")
 
 
 def _nearest(

@@ -1,0 +1,162 @@
+"""What the commands share: flags that several have, and how they are read.
+
+A command stands on this and imports what it runs only after its flags are read, so that `--help`
+and a wrong flag are answered at once.
+"""
+
+import argparse
+import difflib
+import os
+import re
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from esvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from esvit_jax.config import ConfigDict
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of `esvit NAME`; what is wrong with them is a UserError of one line.
+
+    Args:
+      name: of the command.
+      description: what it does, for --help.
+      fields: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, name: str, description: str | None, **fields: Any):
+        super().__init__(
+            prog=f"esvit {name}", description=description, allow_abbrev=False, **fields
+        )
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match("unrecognized arguments: (.*)", message):
+            raise UserError(self._unknown(unknown[1]))
+        if wrong := re.match("argument (?:-., )?(.*?): (.*)", message):
+            raise UserError(f"{wrong[1]}: {wrong[2]}")
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+    def print_help(self, file: Any = None) -> None:
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text.from_ansi(self.format_help())
+        text.highlight_regex(r"--[\w.]+", "bold")
+        Console(file=file, soft_wrap=True).print(text)
+
+    def _unknown(self, words: str) -> str:
+        flag = words.split("=")[0].split()[0]
+        if not flag.startswith("-"):
+            return f"{flag!r} is no flag; flags are written --name=value"
+        known = [option for action in self._actions for option in action.option_strings]
+        similar = difflib.get_close_matches(flag, known, n=1)
+        advice = f"did you mean {similar[0]}?" if similar else f"{self.prog} --help lists the flags"
+        return f"{flag} is no flag; {advice}"
+
+
+class ConfigParser(Parser):
+    """The flags of a command that is given a config, too."""
+
+    def __init__(self, name: str, description: str | None, **fields: Any):
+        epilog = "--config=FILE[:arguments] and --config.field=value describe the run."
+        super().__init__(name, description, epilog=epilog, **fields)
+
+    def parse(self, argv: list[str]) -> tuple["ConfigDict", argparse.Namespace]:
+        """The config, and the flags that are not of the config.
+
+        Raises:
+          UserError: no config, or a wrong flag or field.
+        """
+        if "-h" in argv or "--help" in argv:
+            self.parse_args(["--help"])
+        from esvit_jax.config import parse_config
+
+        config, rest = parse_config(argv)
+        return config, self.parse_args(rest)
+
+
+def path(text: str) -> str:
+    """A path in a flag, for `add_argument(type=path)`; `~` is the home folder.
+
+    Raises:
+      ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or folder")
+    return text if "://" in text else os.path.expanduser(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 in a flag, for `add_argument(type=positive)`.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """--workdir and --step: a trained network on disk."""
+    parser.add_argument(
+        "--workdir", required=True, type=path, help="of a run, or a converted checkpoint"
+    )
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """--data_dir: where TFDS data sets lie."""
+    parser.add_argument(
+        "--data_dir", type=path, help="as config.data.data_dir (default: the run's)"
+    )
+
+
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """--key: which of the two networks of a run."""
+    parser.add_argument(
+        "--key", choices=("teacher", "student"),
+        help="whose weights (default: the teacher's, or as the checkpoint was converted)",
+    )  # fmt: skip
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json: for programs that read the output."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+
+
+def check_writable(file: str, flag: str) -> None:
+    """Refuses a file that cannot be written, before anything is computed for it.
+
+    What is there is left as it is. A remote path (gs://…) is taken on trust.
+
+    Args:
+      file: to write later.
+      flag: that named it.
+
+    Raises:
+      UserError: says why.
+    """
+    if "://" in file:
+        return
+    folder = os.path.dirname(file) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}; make it first", argument=flag, value=file)
+    new = not os.path.lexists(file)
+    try:
+        with open(file, "ab"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"it cannot be written: {error.strerror}", argument=flag, value=file
+        ) from error
+    if new:
+        os.unlink(file)
+
+
+def quiet_libraries() -> None:
+    """Leaves of what libraries log the warnings."""
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)

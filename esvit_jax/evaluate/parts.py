@@ -1,0 +1,185 @@
+"""The batches of an embedding on disk, and the file that is made of them."""
+
+import json
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esvit_jax.errors import UserError
+
+
+class Parts:
+    """The batches of an embedding that are done, a .npz file each, in a folder beside `out`.
+
+    What an earlier start left there is used; what of it cannot be read (a machine that went down
+    cuts files off) is done again.
+
+    Args:
+      out: the file to make in the end.
+      about: what the features depend on.
+      count: number of batches in all.
+      report: is told what was found.
+
+    Raises:
+      UserError: the folder holds the parts of another embedding, or nothing can be written there.
+    """
+
+    def __init__(
+        self, out: Path, about: Mapping[str, Any], count: int, report: Callable[[str], None]
+    ):
+        self._out, self._count = out, count
+        self.folder = out.with_name(out.name + ".parts")
+        try:
+            self._prepare(json.loads(json.dumps(about)), report)
+        except OSError as error:
+            why = f"there is no folder {out.parent}" if not out.parent.is_dir() else error.strerror
+            raise UserError(
+                f"it cannot be written: {why}", argument="out", value=str(out)
+            ) from error
+
+    def _prepare(self, about: dict[str, Any], report: Callable[[str], None]) -> None:
+        file = self.folder / "about.json"
+        self.folder.mkdir(exist_ok=True)
+        earlier = _read_object(file)
+        if earlier is None and any(self.folder.glob("*.npz")):
+            report(f"{file} cannot be read, so nobody knows whose parts these are: begun anew")
+            self.remove()
+            self.folder.mkdir()
+        elif earlier is not None:
+            self._check_same(earlier, about)
+        _write_whole(file, lambda file: file.write(json.dumps(about).encode()))
+
+        there = [i for i in range(self._count) if self._path(i).exists()]
+        cut = [i for i in there if not _is_whole(self._path(i))]
+        for i in cut:
+            self._path(i).unlink()
+        if cut:
+            names = ", ".join(self._path(i).name for i in cut)
+            report(f"cannot be read and computed again: {names} in {self.folder}")
+        if len(there) > len(cut):
+            report(f"{len(there) - len(cut)} of {self._count} batches are there already")
+
+    def _check_same(self, earlier: dict[str, Any], about: dict[str, Any]) -> None:
+        changed = [key for key in about if about[key] != earlier.get(key)]
+        if changed:
+            was = ", ".join(f"{key} {earlier.get(key)!r} (now {about[key]!r})" for key in changed)
+            raise UserError(
+                f"{self.folder} holds the parts of another embedding: {was}; remove it to begin "
+                "anew"
+            )
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """The batches that are missing, as [first, stop) of each run of them."""
+        missing = [i for i in range(self._count) if not self._path(i).exists()]
+        firsts = [i for i in missing if i == 0 or self._path(i - 1).exists()]
+        stops = [i + 1 for i in missing if i + 1 == self._count or self._path(i + 1).exists()]
+        return list(zip(firsts, stops, strict=True))
+
+    def write(self, i: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Writes batch i."""
+        _write_whole(self._path(i), lambda file: np.savez(file, allow_pickle=False, **columns))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, whose arrays are read when they are asked for."""
+        for i in range(self._count):
+            with np.load(self._path(i)) as part:
+                yield part
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The first batch's arrays that are to be written: no labels where there are none."""
+        labelled = any((part["label"] >= 0).any() for part in self)
+        with np.load(self._path(0)) as part:
+            return {name: part[name] for name in part.files if name != "label" or labelled}
+
+    def count_images(self) -> int:
+        """Images in all of them."""
+        return sum(len(part["label"]) for part in self)
+
+    def make_whole(self, about: dict[str, Any]) -> None:
+        """Makes the file of them, and removes them."""
+        whole = self.folder / "whole.tmp"
+        WRITERS[self._out.suffix](whole, self, about)
+        whole.rename(self._out)
+        self.remove()
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"{i:08d}.npz"
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):  # not JSON, or not UTF-8
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether all of a .npz file can be read."""
+    try:
+        with zipfile.ZipFile(part) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    temporary.replace(path)
+
+
+def _write_npz(path: Path, parts: Parts, about: dict[str, Any]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, first in parts.columns().items():
+            dtype = first.dtype
+            if name == "id":  # strings of an array are of one length, the longest's
+                dtype = max((part["id"].dtype for part in parts), key=lambda dtype: dtype.itemsize)
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (about["images"], *first.shape[1:]),
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(part[name].astype(dtype).tobytes())
+        with archive.open("about.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(json.dumps(about)))
+
+
+def _write_parquet(path: Path, parts: Parts, about: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = parts.columns()
+
+    def column(array: np.ndarray) -> pa.Array:
+        if array.ndim == 1:
+            return pa.array(array)
+        return pa.FixedSizeListArray.from_arrays(array.ravel(), int(np.prod(array.shape[1:])))
+
+    def table(part: Mapping[str, np.ndarray]) -> pa.Table:
+        return pa.table({name: column(part[name]) for name in columns})
+
+    shapes = {name: array.shape[1:] for name, array in columns.items()}
+    metadata = {"about": json.dumps(about | {"shapes": shapes})}
+    schema = table(columns).schema.with_metadata(metadata)
+    with pq.ParquetWriter(path, schema) as writer:
+        for part in parts:
+            if len(part["id"]):
+                writer.write_table(table(part).cast(schema))
+
+
+WRITERS = {".npz": _write_npz, ".parquet": _write_parquet}
