@@ -89,7 +89,7 @@ def search_batches(
     """Searches, and says what each compilation found; `first` is the config's own plan."""
     known = {(first.per_chip_batch, first.remat, first.accum_steps): first}
 
-    def attempt(batch: int, *, remat: str, accum_steps: int) -> Plan:
+    def attempt(batch: int, remat: str, accum_steps: int) -> Plan:
         key = batch, remat, accum_steps
         if key not in known:
             changed = unflatten(flatten(config) | {"remat": remat, "accum_steps": accum_steps})
@@ -122,7 +122,7 @@ def as_json(result: Plan, found: list[Found] | None) -> dict[str, object]:
 def table(result: Plan) -> Table:
     """A plan for reading."""
 
-    def number(value: float | None, unit: float, decimals: int) -> str:
+    def number(value: int | float | None, unit: int | float, decimals: int) -> str:
         return "-" if value is None else f"{value / unit:,.{decimals}f}"
 
     mib = 2**20

@@ -1,20 +1,15 @@
 """The largest batch that fits a chip, found with few compilations."""
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from esvit_jax.planning.plan import Plan
 
 BATCH_STEP = 8  # the search tries multiples of it: a TPU's registers have 8 rows
 
 
-class Attempt(Protocol):
-    """Plans a variation of a config."""
-
-    def __call__(self, batch: int, *, remat: str, accum_steps: int) -> Plan:
-        """The plan for `batch` images a chip."""
-        ...
+# (images a chip, remat, accum_steps) -> the plan of that variation of a config.
+Attempt = Callable[[int, str, int], Plan]
 
 
 class Found(NamedTuple):
@@ -37,20 +32,16 @@ def search(wanted: int, attempt: Attempt) -> list[Found]:
 
     Args:
       wanted: images a chip of the config itself.
-      attempt: plans a variation.
+      attempt: see `Attempt`.
     """
     found = []
     for remat in ("none", "dots", "block"):
-        largest = largest_batch(
-            functools.partial(attempt, remat=remat, accum_steps=1), limit=4 * wanted
-        )
+        largest = largest_batch(lambda batch, r=remat: attempt(batch, r, 1), limit=4 * wanted)
         recipe = None
         if largest:
             parts = (a for a in range(1, wanted + 1) if wanted % a == 0)
             tries = (
-                attempt(wanted, remat=remat, accum_steps=a)
-                for a in parts
-                if wanted // a <= largest.per_chip_batch
+                attempt(wanted, remat, a) for a in parts if wanted // a <= largest.per_chip_batch
             )
             recipe = next((result for result in tries if result.fits), None)
         found.append(Found(remat, largest, recipe))
