@@ -1,10 +1,11 @@
 """Floating-point operations of a traced function: those of its matrix products."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Jaxpr, Literal, Var
 
@@ -13,17 +14,19 @@ from esvit_jax.steps import AXIS
 
 
 def step_flops(
-    step: Callable[..., Any], state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[..., Any],
+    state: TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct | np.ndarray],
 ) -> int:
     """`matmul_flops` of a training step on one of the devices that `batch` is laid out for.
 
     Args:
       step: see `recipe.Recipe.step`.
       state: arrays or their shapes.
-      batch: likewise, [devices, b, ...].
+      batch: likewise, arrays [devices, b, ...].
     """
     devices = batch["size"].shape[0]
-    share = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    share = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), dict(batch))
     return matmul_flops(trace(step, state, share, devices=devices))
 
 

@@ -65,22 +65,25 @@ class Operation(NamedTuple):
         return self.fuses_operands and self.name not in REDUCTIONS
 
 
-def peak_bytes(jaxpr: Jaxpr, *, in_place: int = 0) -> int:
+def peak_bytes(jaxpr: Jaxpr, *, in_place: int = 0, merging: bool = False) -> int:
     """Most bytes held at a time beside the arguments.
 
     Args:
       jaxpr: of the traced function.
       in_place: how many of the first results take the place of arguments.
+      merging: compute equal things once, also what is written to be computed again.
     """
-    return _Program(jaxpr, in_place).peak()
+    return _Program(jaxpr, in_place, merging).peak()
 
 
 class _Program:
     """The operations of a function in order, without those that no result needs."""
 
-    def __init__(self, jaxpr: Jaxpr, in_place: int = 0):
+    def __init__(self, jaxpr: Jaxpr, in_place: int, merging: bool):
         self._numbers: dict[Var, Value] = {}
         self._count = 0
+        self._merging = merging
+        self._known: dict[str, tuple[Value, ...]] = {}  # what equal equations return
         for var in (*jaxpr.constvars, *jaxpr.invars):
             self._define(var)
         self._arguments = set(range(self._count))
@@ -121,9 +124,34 @@ class _Program:
                 for var, value in zip(equation.outvars, reads, strict=True):
                     self._numbers[var] = value
                 continue
-            writes = tuple(self._define(var) for var in equation.outvars)
-            held = max((_held_by_loop(equation, part) for part in inner), default=0)
+            if self._merging and not inner:
+                key = self._description(equation)
+                if key in self._known:
+                    self._numbers |= zip(equation.outvars, self._known[key], strict=True)
+                    continue
+                self._known[key] = tuple(self._define(var) for var in equation.outvars)
+                writes = self._known[key]
+            else:
+                writes = tuple(self._define(var) for var in equation.outvars)
+            held = max((self._held_by_loop(equation, part) for part in inner), default=0)
             yield Operation(name, tuple(x for x in reads if x.number >= 0), writes, held)
+
+    def _description(self, equation: JaxprEqn) -> str:
+        """Equal for equations that compute the same."""
+        operands = [
+            repr(x.val) if isinstance(x, Literal) else self._numbers[x].number
+            for x in equation.invars
+        ]
+        return f"{equation.primitive.name} {operands} {equation.params}"
+
+    def _held_by_loop(self, equation: JaxprEqn, body: Jaxpr) -> int:
+        """Bytes that a loop's body holds: of a scan also the slices that one turn reads."""
+        inner = peak_bytes(body, merging=self._merging)
+        if equation.primitive.name != "scan":
+            return inner
+        first = equation.params["num_consts"] + equation.params["num_carry"]
+        slices = (array_of(var) for var in body.invars[first:])
+        return inner + sum(x.size * getattr(x.dtype, "itemsize", 4) for x in slices)
 
     def _needed(self, operations: list[Operation]) -> list[Operation]:
         wanted, needed = set(self._results), []
@@ -185,13 +213,3 @@ class _Program:
                 if last[number] == i and number not in self._results
             )  # fmt: skip
         return highest
-
-
-def _held_by_loop(equation: JaxprEqn, body: Jaxpr) -> int:
-    """Bytes that the body of a loop holds: of a scan also the slices that one turn reads."""
-    inner = peak_bytes(body)
-    if equation.primitive.name != "scan":
-        return inner
-    first = equation.params["num_consts"] + equation.params["num_carry"]
-    slices = (array_of(var) for var in body.invars[first:])
-    return inner + sum(x.size * getattr(x.dtype, "itemsize", 4) for x in slices)
