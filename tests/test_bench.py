@@ -54,9 +54,9 @@ def test_plain_losses_are_the_chunked_ones(tiny_config, region):
 def test_losses_row(tiny_config):
     tiny_config.head.num_prototypes, tiny_config.loss.prototype_chunk = 4096, 256
     (row,) = bench_losses(tiny_config, [2], rounds=1)
-    assert row["images"] == 2
-    assert row["chunked"]["loss"] == pytest.approx(row["plain"]["loss"], rel=1e-6)
-    assert row["chunked"]["temp_bytes"] < row["plain"]["temp_bytes"] / 2
+    assert row.images == 2
+    assert row.chunked.loss == pytest.approx(row.plain.loss, rel=1e-6)
+    assert row.chunked.temp_bytes < row.plain.temp_bytes / 2
 
 
 def one_device_config(config):
@@ -110,10 +110,10 @@ def test_tables_have_all_parts(capsys, tmp_path, tiny_config):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--parts=step,speed", "--parts: 'speed' is unknown"),
-        ("--rounds=0", "--rounds=0"),
+        ("--parts=step,speed", "--parts=step,speed: 'speed' is unknown"),
+        ("--rounds=0", "--rounds=0: it must be at least 1"),
         ("--parts=input", "--photos=FOLDER"),
-        ("--loss_batches=8,x", "--loss_batches=8,x"),
+        ("--loss_batches=8,x", "--loss_batches=8,x: whole numbers"),
     ],
 )
 def test_wrong_arguments_end_in_a_line(capsys, tmp_path, tiny_config, argument, words):
@@ -121,13 +121,20 @@ def test_wrong_arguments_end_in_a_line(capsys, tmp_path, tiny_config, argument, 
         bench(capsys, tmp_path, tiny_config, argument)
 
 
+@reads_a_file
+def test_a_folder_without_photos_is_named_by_the_flag(capsys, tmp_path, tiny_config):
+    pytest.importorskip("PIL")
+    with pytest.raises(UserError, match="^--photos=/nowhere: there are no images in it"):
+        bench(capsys, tmp_path, tiny_config, "--parts=input", "--photos=/nowhere")
+
+
 def test_photos_are_encoded_at_one_size():
     files = inputs.encoded_photos(PHOTOS)
     assert len(files) == inputs.NUM_PHOTOS
     for file in files[:5]:
         image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
-        assert image.shape == (375, 500, 3)
-    with pytest.raises(UserError, match="holds no images"):
+        assert image is not None and image.shape == (375, 500, 3)
+    with pytest.raises(UserError, match="photos = '/nowhere': there are no images"):
         inputs.encoded_photos("/nowhere")
 
 
@@ -152,8 +159,8 @@ def test_peer_computes_the_same_loss(tiny_config):
     load_params(torch, other.student, work.state.params, to_huggingface, state_dict_from_params)
     load_params(torch, other.teacher, work.state.teacher, to_huggingface, state_dict_from_params)
     parts = step_parts(work)
-    loss, _ = other.gradients(peer.to_torch(parts["augmentation"](), other.device))
-    gradients, scalars, *_ = parts["gradients"]()
+    loss, _ = other.gradients(peer.to_torch(parts.augmentation(), other.device))
+    gradients, scalars, *_ = parts.gradients()
     assert loss.item() == pytest.approx(float(scalars["loss"]), rel=1e-5)
     theirs = other.student.heads["region"].mlp[0].weight.grad.numpy()
     ours = np.asarray(gradients["region_head"]["mlp_0"]["kernel"]).T

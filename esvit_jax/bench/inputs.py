@@ -5,9 +5,10 @@ import importlib.util
 import os
 import random
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import jax
@@ -29,25 +30,38 @@ NUM_PHOTOS = 32  # timed at a time
 NUM_RECORDS = 1_000_000  # that the loader shuffles
 
 
-def bench_input(config: ConfigDict, photos: str, rounds: int) -> dict[str, Any]:
-    """Images a second from JPEGs of 500 × 375 pixels in memory to canvases, and what they cost.
+class InputSpeed(NamedTuple):
+    """How fast photos of PHOTO_SIZE become canvases, and what the canvases lose.
+
+    Attributes:
+      decode: {decoder: images a second on one core}.
+      loader: {how: images a second of the whole pipeline} with as many threads or processes as
+        there are cores.
+      cores: of this machine.
+      pillow_views: images a second on one core that Pillow decodes and cuts all views of.
+      fidelity: {canvas size: see `fidelity`}.
+    """
+
+    decode: dict[str, float]
+    loader: dict[str, float]
+    cores: int
+    pillow_views: float
+    fidelity: dict[int, dict[str, float]]
+
+
+def bench_input(config: ConfigDict, photos: str, rounds: int) -> InputSpeed:
+    """Times the input from JPEGs in memory.
 
     Args:
       config: its views, and its `data.canvas_size`.
-      photos: a folder of photos, of which parts of that size are encoded again.
+      photos: a folder of photos, of which parts of PHOTO_SIZE are encoded again.
       rounds: timings, of which the median is given.
-
-    Returns:
-      `decode`: {how: images a second on one core}; `loader`: {how: images a second of the whole
-      pipeline} with as many threads or processes as there are cores; `cores`; `pillow_views`:
-      images a second on one core that Pillow decodes and cuts all views of;
-      `fidelity`: see `fidelity`.
 
     Raises:
       UserError: no photos there, or no Pillow.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise UserError("--parts=input compares with Pillow: pip install pillow")
+        raise UserError("the input is compared with Pillow's: pip install pillow")
     files = encoded_photos(photos)
     size = config.data.canvas_size
     decoders = {"opencv": lambda file: decode(file, size)}
@@ -65,40 +79,41 @@ def bench_input(config: ConfigDict, photos: str, rounds: int) -> dict[str, Any]:
         name: len(files) / timing.median for name, timing in time_in_turns(calls, rounds).items()
     }
     cores = os.cpu_count() or 1
-    return {
-        "decode": {name: rates[name] for name in decoders},
-        "loader": {
+    return InputSpeed(
+        decode={name: rates[name] for name in decoders},
+        loader={
             f"{cores} threads": loader_rate(files, size, num_workers=0, num_threads=cores),
             f"{cores} processes": loader_rate(files, size, num_workers=cores, num_threads=1),
         },
-        "cores": cores,
-        "pillow_views": rates["pillow_views"],
-        "fidelity": {side: fidelity(config, photos, side) for side in (256, 384, 512)},
-    }
+        cores=cores,
+        pillow_views=rates["pillow_views"],
+        fidelity={side: fidelity(config, photos, side) for side in (256, 384, 512)},
+    )
 
 
-def _run_all(function: Any, files: list[bytes]) -> None:
+def _run_all(function: Callable[[bytes], object], files: list[bytes]) -> None:
     for file in files:
         function(file)
 
 
-def read_photos(folder: str) -> list[np.ndarray]:
-    """The images of a folder, uint8[h, w, 3], RGB.
+def read_photos(photos: str) -> list[np.ndarray]:
+    """The images in a folder, uint8[h, w, 3], RGB.
 
     Raises:
       UserError: there are none.
     """
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(p for p in Path(photos).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     images = [cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) for path in paths]
     images = [image for image in images if image is not None]
     if not images:
-        raise UserError(f"--photos={folder} holds no images; give a folder of photos")
+        message = "there are no images in it; give a folder of photos"
+        raise UserError(message, argument="photos", value=photos)
     return images
 
 
-def encoded_photos(folder: str) -> list[bytes]:
-    """JPEGs of PHOTO_SIZE: random parts of the photos of a folder."""
-    images, rng, files = read_photos(folder), np.random.default_rng(0), []
+def encoded_photos(photos: str) -> list[bytes]:
+    """JPEGs of PHOTO_SIZE: random parts of the images in the folder `photos`."""
+    images, rng, files = read_photos(photos), np.random.default_rng(0), []
     width, height = PHOTO_SIZE
     for i in range(NUM_PHOTOS):
         image = images[i % len(images)]
@@ -162,7 +177,7 @@ class _Photos:
         return {"image": self._files[index % len(self._files)], "label": -1, "id": str(index)}
 
 
-def views_with_pillow(file: bytes, views: Any) -> list[np.ndarray]:
+def views_with_pillow(file: bytes, views: ConfigDict) -> list[np.ndarray]:
     """Decodes a JPEG and cuts all views of it on the host, as the published pipeline does."""
     import io
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,29 @@ from esvit_jax.losses import esvit_loss, match_regions
 from esvit_jax.models import EsViTOutput, create_model
 
 
-def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+class LossCost(NamedTuple):
+    """One way to compute the losses: temporaries of the program, seconds, and the value."""
+
+    temp_bytes: int
+    seconds: float
+    loss: float
+
+
+class LossCosts(NamedTuple):
+    """Both ways, for a number of images."""
+
+    images: int
+    chunked: LossCost
+    plain: LossCost
+
+
+def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> list[LossCosts]:
     """Both losses and their gradients (student's vectors and prototypes), chunked and plain.
 
     Args:
       config: its views, backbone, head, temperatures and `loss.prototype_chunk` are used.
       batch_sizes: images; one row of the result each.
       rounds: timings, of which the median is given.
-
-    Returns:
-      For each batch size `images`, and for "chunked" and "plain" a dict of `temp_bytes` (of the
-      compiled program), `seconds` and `loss`.
     """
     temperatures = {
         "student_temp": config.loss.student_temp,
@@ -41,16 +53,21 @@ def bench_losses(config: ConfigDict, batch_sizes: list[int], rounds: int) -> lis
     rows = []
     for images in batch_sizes:
         outputs = random_outputs(config, images)
-        programs, facts = {}, {}
-        for name, losses in (("chunked", chunked), ("plain", plain)):
-            program: Any = jax.jit(jax.value_and_grad(losses)).lower(*outputs).compile()
-            programs[name] = functools.partial(program, *outputs)
-            facts[name] = {"temp_bytes": program.memory_analysis().temp_size_in_bytes}
-            facts[name]["loss"] = float(programs[name]()[0])
-        times = time_in_turns(programs, rounds)
-        for name, time in times.items():
-            facts[name]["seconds"] = time.median
-        rows.append({"images": images} | facts)
+        programs: dict[str, Any] = {
+            name: jax.jit(jax.value_and_grad(losses)).lower(*outputs).compile()
+            for name, losses in (("chunked", chunked), ("plain", plain))
+        }
+        calls = {name: functools.partial(run, *outputs) for name, run in programs.items()}
+        times = time_in_turns(calls, rounds)
+        costs = {
+            name: LossCost(
+                temp_bytes=program.memory_analysis().temp_size_in_bytes,
+                seconds=times[name].median,
+                loss=float(calls[name]()[0]),
+            )
+            for name, program in programs.items()
+        }
+        rows.append(LossCosts(images, **costs))
     return rows
 
 

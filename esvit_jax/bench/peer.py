@@ -7,7 +7,7 @@ backbone, windows and shifts are those of 224 px (`always_partition`), so both c
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,18 @@ try:
     from torch import nn
     from transformers import SwinConfig, SwinModel
 except ImportError as error:
-    raise UserError("--peer=torch needs the extra torch: pip install 'esvit_jax[torch]'") from error
+    raise UserError("the peer needs torch: pip install 'esvit_jax[torch]'") from error
 
 
-def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Any]:
+class Comparison(NamedTuple):
+    """Seconds of a task, ours and the peer's, and the former over the latter."""
+
+    ours: float
+    peer: float
+    ratio: float
+
+
+def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Comparison]:
     """Times three tasks, in turns with our own: one device's share of the batch.
 
     Args:
@@ -37,30 +45,27 @@ def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Any]:
       compiled: whether the peer goes through `torch.compile`.
 
     Returns:
-      {task: {"ours": seconds, "peer": seconds, "ratio": ours / peer}} for the tasks `backbone`
-      (forward and backward on all views), `gradients` (teacher, student, heads, losses, gradients)
-      and `step` (the same, then clipping, AdamW, teacher and centers; ours also cuts the views).
+      By task: `backbone` (forward and backward on all views), `gradients` (teacher, student, heads,
+      losses, gradients) and `step` (the same, then clipping, AdamW, teacher and centers; ours also
+      cuts the views).
 
     Raises:
       UserError: there is more than one device.
     """
     if jax.device_count() > 1:
-        raise UserError(f"--peer compares on one device, and there are {jax.device_count()}")
+        raise UserError(f"the peer runs on one device, and there are {jax.device_count()}")
     calls = _our_calls(work) | _peer_calls(work, compiled)
     times = time_in_turns(calls, rounds)
-    return {
-        task: {
-            "ours": times[f"ours {task}"].median,
-            "peer": times[f"peer {task}"].median,
-            "ratio": times[f"ours {task}"].median / times[f"peer {task}"].median,
-        }
-        for task in ("backbone", "gradients", "step")
-    }
+    results = {}
+    for task in ("backbone", "gradients", "step"):
+        ours, theirs = (times[f"{who} {task}"].median for who in ("ours", "peer"))
+        results[task] = Comparison(ours, theirs, ours / theirs)
+    return results
 
 
 def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
     parts, backbone = step_parts(work), work.recipe.model.backbone
-    views = parts["augmentation"]()
+    views = parts.augmentation()
     params = jax.device_put(work.state.params["backbone"])
 
     @jax.jit
@@ -81,7 +86,7 @@ def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
 
     return {
         "ours backbone": lambda: backbone_gradients(params, views),
-        "ours gradients": parts["gradients"],
+        "ours gradients": parts.gradients,
         "ours step": compile_step(work)[1],
     }
 
@@ -89,7 +94,7 @@ def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
 def _peer_calls(work: Workload, compiled: bool) -> dict[str, Callable[[], Any]]:
     cuda = jax.default_backend() == "gpu"
     peer = Peer(work, torch.device("cuda" if cuda else "cpu"), compiled)
-    views = to_torch(step_parts(work)["augmentation"](), peer.device)
+    views = to_torch(step_parts(work).augmentation(), peer.device)
 
     def synchronised(task: Callable[[Any], Any]) -> Callable[[], None]:
         def call():

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 
 from esvit_jax import parallel
-from esvit_jax.bench.timing import time_in_turns
+from esvit_jax.bench.timing import Timing, time_in_turns
 from esvit_jax.config import ConfigDict, resolve
 from esvit_jax.losses import esvit_loss
-from esvit_jax.planning import measure
-from esvit_jax.recipe import Recipe, build
+from esvit_jax.models import EsViTOutput
+from esvit_jax.planning.flops import step_flops
+from esvit_jax.planning.measure import batch_shapes
+from esvit_jax.recipe import Recipe, Views, build
 from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.steps import loss_and_gradients
 
@@ -41,7 +43,7 @@ def workload(config: ConfigDict, num_images: int) -> Workload:
     recipe = build(config, numbers)
     params = jax.jit(functools.partial(init_params, recipe.model))(jax.random.key(config.seed))
     state = jax.jit(functools.partial(create_state, recipe.model, recipe.optimizer))(params)
-    shapes = measure.batch_shapes(config, jax.local_device_count(), numbers.images_per_device)
+    shapes = batch_shapes(config, jax.local_device_count(), numbers.images_per_device)
     rng = np.random.default_rng(config.seed)
     side = config.data.canvas_size
     batch = {
@@ -51,37 +53,54 @@ def workload(config: ConfigDict, num_images: int) -> Workload:
     return Workload(config, recipe, jax.device_get(state), batch)
 
 
-def bench_step(work: Workload, rounds: int) -> dict[str, Any]:
-    """Compiles and times the whole step, beside a matrix product of the same dtype.
+class StepSpeed(NamedTuple):
+    """The whole step, beside a matrix product of the same dtype.
 
-    Returns:
-      `compile_seconds`, `step` (a `Timing` as a list), `images_per_second`, `tflops` (operations
-      of the step's matrix products over its time, all devices), `product_tflops` (of a large
-      matrix product on one device, times the devices), `product_share` (the former over the
-      latter), `temp_bytes` and `argument_bytes` of the compiled step on one device, and
-      `peak_bytes` that a device says it held at most (None where it does not say).
+    Attributes:
+      compile_seconds: of the step.
+      step: seconds.
+      images_per_second: over all devices.
+      tflops: operations of the step's matrix products over its time, all devices, in 10¹².
+      product_tflops: of a large matrix product on one device, times the devices.
+      product_share: `tflops` over `product_tflops`.
+      temp_bytes, argument_bytes: of the compiled step on one device.
+      peak_bytes: that a device says it held at most; None where it does not say.
     """
+
+    compile_seconds: float
+    step: Timing
+    images_per_second: float
+    tflops: float
+    product_tflops: float
+    product_share: float
+    temp_bytes: int
+    argument_bytes: int
+    peak_bytes: int | None
+
+
+def bench_step(work: Workload, rounds: int) -> StepSpeed:
+    """Compiles the step, and times it `rounds` times in turns with the product."""
     start = time.perf_counter()
     compiled, run_step = compile_step(work)
     compile_seconds = time.perf_counter() - start
-    config, devices, memory = work.config, jax.device_count(), compiled.memory_analysis()
-    product, operations = matrix_product(config.dtype)
+    devices, memory = jax.device_count(), compiled.memory_analysis()
+    product, operations = matrix_product(work.config.dtype)
     times = time_in_turns({"step": run_step, "product": product}, rounds)
-    flops = devices * measure.step_flops(work.recipe.step, work.state, work.batch)
-    tflops = flops / times["step"].median / 1e12
+    seconds = times["step"].median
+    flops = devices * step_flops(work.recipe.step, work.state, work.batch)
     product_tflops = devices * operations / times["product"].median / 1e12
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "compile_seconds": compile_seconds,
-        "step": list(times["step"]),
-        "images_per_second": config.batch_size / times["step"].median,
-        "tflops": tflops,
-        "product_tflops": product_tflops,
-        "product_share": tflops / product_tflops,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-    }
+    return StepSpeed(
+        compile_seconds=compile_seconds,
+        step=times["step"],
+        images_per_second=work.config.batch_size / seconds,
+        tflops=flops / seconds / 1e12,
+        product_tflops=product_tflops,
+        product_share=flops / seconds / 1e12 / product_tflops,
+        temp_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=stats.get("peak_bytes_in_use"),
+    )
 
 
 def compile_step(work: Workload) -> tuple[Any, Callable[[], Any]]:
@@ -113,8 +132,8 @@ def bench_split(work: Workload, rounds: int) -> dict[str, float]:
     The student's backward pass is what teacher, student and losses leave of them all together.
     As one program the step is faster than the sum: nothing between the parts is kept.
     """
-    parts = step_parts(work)
-    medians = {name: time.median for name, time in time_in_turns(parts, rounds).items()}
+    times = time_in_turns(step_parts(work)._asdict(), rounds)
+    medians = {name: timing.median for name, timing in times.items()}
     together = medians.pop("gradients")
     earlier = sum(medians[name] for name in ("teacher", "student", "losses"))
     return {
@@ -127,16 +146,34 @@ def bench_split(work: Workload, rounds: int) -> dict[str, float]:
     }
 
 
-def step_parts(work: Workload) -> dict[str, Callable[[], Any]]:
-    """The parts of a step on the first device's share of the batch, as calls."""
+class StepParts(NamedTuple):
+    """The parts of a step on the first device's share of the batch, as calls.
+
+    Attributes:
+      augmentation: all views.
+      teacher, student: forward.
+      losses: of both heads, and their gradients with respect to the student's output.
+      gradients: teacher, student and losses, forward and backward.
+      optimizer: the update of student and teacher.
+    """
+
+    augmentation: Callable[[], Views]
+    teacher: Callable[[], EsViTOutput]
+    student: Callable[[], EsViTOutput]
+    losses: Callable[[], EsViTOutput]
+    gradients: Callable[[], Any]
+    optimizer: Callable[[], Any]
+
+
+def step_parts(work: Workload) -> StepParts:
+    """Compiles each part when it is first called."""
     recipe, model = work.recipe, work.recipe.model
-    state = jax.device_put(work.state, jax.local_devices()[0])
-    batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, jax.local_devices()[0])
+    device = jax.local_devices()[0]
+    state = jax.device_put(work.state, device)
+    batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, device)
     image_keys = jax.random.split(jax.random.key(0), len(batch["size"]))
-    make_views = jax.jit(recipe.make_views)
-    views = make_views(image_keys, batch)
-    options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
     drop_key = jax.random.key(1)
+    options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
 
     @jax.jit
     def teacher(params, views):
@@ -148,25 +185,24 @@ def step_parts(work: Workload) -> dict[str, Callable[[], Any]]:
         return model.forward(params, stacks, drop_key=drop_key)
 
     @jax.jit
+    @jax.grad
     def losses(student_output, teacher_output):
-        def loss_of(student_output):
-            return esvit_loss(
-                student=student_output,
-                teacher=teacher_output,
-                centers=state.centers,
-                student_temp=options.student_temp,
-                teacher_temp=teacher_temp,
-                prototype_chunk=options.prototype_chunk,
-                dtype=options.dtype,
-            )[0]
+        return esvit_loss(
+            student=student_output,
+            teacher=teacher_output,
+            centers=state.centers,
+            student_temp=options.student_temp,
+            teacher_temp=teacher_temp,
+            prototype_chunk=options.prototype_chunk,
+            dtype=options.dtype,
+        )[0]
 
-        return jax.grad(loss_of)(student_output)
-
-    gradients = jax.jit(
-        functools.partial(
-            loss_and_gradients, model=model, teacher_temp=teacher_temp, options=options
-        )
-    )
+    @jax.jit
+    def gradients(params, teacher_params, centers, views):
+        return loss_and_gradients(
+            params, teacher_params, centers, views, drop_key,
+            model=model, teacher_temp=teacher_temp, options=options,
+        )  # fmt: skip
 
     @jax.jit
     def update(grads, state):
@@ -175,13 +211,15 @@ def step_parts(work: Workload) -> dict[str, Callable[[], Any]]:
         )
         return optax.apply_updates(state.params, updates), opt_state
 
+    make_views = jax.jit(recipe.make_views)
+    views = make_views(image_keys, batch)
     outputs = student(state.params, views), teacher(state.teacher, views)
-    grads = gradients(state.params, state.teacher, state.centers, views, drop_key)[0]
-    return {
-        "augmentation": lambda: make_views(image_keys, batch),
-        "teacher": lambda: teacher(state.teacher, views),
-        "student": lambda: student(state.params, views),
-        "losses": lambda: losses(*outputs),
-        "gradients": lambda: gradients(state.params, state.teacher, state.centers, views, drop_key),
-        "optimizer": lambda: update(grads, state),
-    }
+    grads = gradients(state.params, state.teacher, state.centers, views)[0]
+    return StepParts(
+        augmentation=lambda: make_views(image_keys, batch),
+        teacher=lambda: teacher(state.teacher, views),
+        student=lambda: student(state.params, views),
+        losses=lambda: losses(*outputs),
+        gradients=lambda: gradients(state.params, state.teacher, state.centers, views),
+        optimizer=lambda: update(grads, state),
+    )

@@ -1,4 +1,4 @@
-"""`esvit bench`: the command, and its tables."""
+"""`esvit bench`: time the training step on this machine."""
 
 import argparse
 import datetime
@@ -13,12 +13,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from esvit_jax.bench.inputs import bench_input
-from esvit_jax.bench.losses import bench_losses
-from esvit_jax.bench.step import bench_split, bench_step, workload
-from esvit_jax.config import parse_config
-from esvit_jax.errors import UserError
-from esvit_jax.planning.search import IMAGENET_IMAGES
+from esvit_jax.bench.inputs import InputSpeed, bench_input
+from esvit_jax.bench.losses import LossCosts, bench_losses
+from esvit_jax.bench.step import StepSpeed, bench_split, bench_step, workload
+from esvit_jax.bench.timing import Timing
+from esvit_jax.config import ConfigDict, parse_config
+from esvit_jax.errors import UserError, renamed
+from esvit_jax.planning.plan import IMAGENET_IMAGES
 
 PARTS = ("step", "split", "losses", "input")
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-headless")
@@ -26,6 +27,26 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-hea
 
 def main(argv: list[str]) -> None:
     """`esvit bench`."""
+    parser = argument_parser()
+    if "-h" in argv or "--help" in argv:
+        parser.parse_args(argv)
+    config, rest = parse_config(argv)
+    arguments = parser.parse_args(rest)
+    parts = [part for part in arguments.parts.split(",") if part]
+    check_arguments(arguments, parts)
+    console = Console(stderr=arguments.json)
+    result = measure(config, arguments, parts, console)
+    if arguments.json:
+        print(json.dumps(as_json(result)))
+        return
+    for name, value in (result["where"] | result.get("what", {})).items():
+        console.print(f"{name}: {value}", highlight=False)
+    for table in tables(result):
+        console.print(table)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(
         prog="esvit bench",
         description="Times the training step of a config on this machine, with random data.",
@@ -45,12 +66,16 @@ def main(argv: list[str]) -> None:
         "--loss_batches", default="8,32", help="images, for --parts=losses: one row each"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(argv)
-    config, rest = parse_config(argv)
-    arguments = parser.parse_args(rest)
-    parts = [part for part in arguments.parts.split(",") if part]
-    check_arguments(arguments, parts)
+    return parser
+
+
+def measure(
+    config: ConfigDict, arguments: argparse.Namespace, parts: list[str], console: Console
+) -> dict[str, Any]:
+    """All that the flags ask for, by name; says on the console what it is at."""
+
+    def at_work(task: str) -> None:
+        console.print(f"timing {task}, which is compiled first", highlight=False)
 
     result: dict[str, Any] = {"where": where()}
     if {"step", "split"} & set(parts) or arguments.peer:
@@ -61,32 +86,39 @@ def main(argv: list[str]) -> None:
             "devices": jax.device_count(),
         }  # fmt: skip
         if "step" in parts:
+            at_work("the step")
             result["step"] = bench_step(work, arguments.rounds)
         if "split" in parts:
+            at_work("its parts")
             result["split"] = bench_split(work, arguments.rounds)
         if arguments.peer:
             from esvit_jax.bench.peer import bench_peer
 
+            at_work("the peer")
             result["peer"] = bench_peer(
                 work, arguments.rounds, compiled=arguments.peer == "torch-compiled"
             )
     if "losses" in parts:
+        at_work("the losses")
         batches = [int(batch) for batch in arguments.loss_batches.split(",")]
         result["losses"] = bench_losses(config, batches, arguments.rounds)
     if "input" in parts:
-        result["input"] = bench_input(config, arguments.photos, arguments.rounds)
-
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    console = Console()
-    for name, value in (result["where"] | result.get("what", {})).items():
-        console.print(f"{name}: {value}", highlight=False)
-    for table in tables(result):
-        console.print(table)
+        at_work("the input")
+        with renamed(photos="--photos"):
+            result["input"] = bench_input(config, arguments.photos, arguments.rounds)
+    return result
 
 
-def check_arguments(arguments: Any, parts: list[str]) -> None:
+def as_json(value: Any) -> Any:
+    """Named tuples as objects, but for a `Timing`, which is a list."""
+    if hasattr(value, "_asdict") and not isinstance(value, Timing):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: as_json(x) for name, x in value.items()}
+    return [as_json(x) for x in value] if isinstance(value, list) else value
+
+
+def check_arguments(arguments: argparse.Namespace, parts: list[str]) -> None:
     """Refuses what cannot be timed, before anything is compiled.
 
     Raises:
@@ -94,20 +126,20 @@ def check_arguments(arguments: Any, parts: list[str]) -> None:
     """
     for part in parts:
         if part not in PARTS:
-            raise UserError(f"--parts: {part!r} is unknown; known are {', '.join(PARTS)}")
+            message = f"{part!r} is unknown; known are {', '.join(PARTS)}"
+            raise UserError(message, argument="--parts", value=arguments.parts)
     if arguments.rounds < 1:
-        raise UserError(f"--rounds={arguments.rounds}: it must be at least 1")
+        raise UserError("it must be at least 1", argument="--rounds", value=arguments.rounds)
     if "input" in parts and not arguments.photos:
         raise UserError("--parts=input needs --photos=FOLDER, a folder of photos")
     batches = arguments.loss_batches.split(",")
     if not all(batch.isdigit() and int(batch) for batch in batches):
-        raise UserError(f"--loss_batches={arguments.loss_batches}: whole numbers from 1")
-    if arguments.peer:
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"--peer={arguments.peer} needs {package}: pip install 'esvit_jax[torch]'"
-                )
+        message = "whole numbers from 1, with commas between"
+        raise UserError(message, argument="--loss_batches", value=arguments.loss_batches)
+    for package in ("torch", "transformers") if arguments.peer else ():
+        if importlib.util.find_spec(package) is None:
+            message = f"it needs {package}: pip install 'esvit_jax[torch]'"
+            raise UserError(message, argument="--peer", value=arguments.peer)
 
 
 def where() -> dict[str, Any]:
@@ -127,70 +159,80 @@ def where() -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
     """The measurements for reading."""
-    if step := result.get("step"):
-        median, low, high = step["step"]
-        yield _table("the step", {
-            "compilation": f"{step['compile_seconds']:.1f} s",
-            "a step, median (range)": f"{median:.3f} s ({low:.3f} to {high:.3f})",
-            "images/s": f"{step['images_per_second']:.2f}",
-            "TFLOP/s of its matrix products": f"{step['tflops']:.3f}",
-            "TFLOP/s of one large product": f"{step['product_tflops']:.3f}",
-            "share of that": f"{step['product_share']:.0%}",
-            "temporaries": f"{step['temp_bytes'] / 2**20:,.0f} MiB a device",
-            "state and batch": f"{step['argument_bytes'] / 2**20:,.0f} MiB a device",
-            "most memory in use": "not reported by this device" if step["peak_bytes"] is None
-            else f"{step['peak_bytes'] / 2**20:,.0f} MiB",
-        })  # fmt: skip
+    if "step" in result:
+        yield step_table(result["step"])
     if split := result.get("split"):
         total = sum(split.values())
-        yield _table(
+        yield two_columns(
             "its parts, each on its own",
             {name: f"{x:.3f} s  {x / total:4.0%}" for name, x in split.items()},
         )
     if peer := result.get("peer"):
         table = Table("task", "ours, s", "peer, s", "ours / peer", title="beside PyTorch")
         for task, x in peer.items():
-            table.add_row(task, f"{x['ours']:.2f}", f"{x['peer']:.2f}", f"{x['ratio']:.2f}")
+            table.add_row(task, f"{x.ours:.2f}", f"{x.peer:.2f}", f"{x.ratio:.2f}")
         yield table
-    if losses := result.get("losses"):
-        table = Table(
-            "images", "chunked", "plain", "share", "chunked", "plain", "ratio", "differ by",
-            title="the losses, value and gradients: MiB of temporaries, then seconds",
-        )  # fmt: skip
-        for row in losses:
-            ours, plain = row["chunked"], row["plain"]
-            table.add_row(
-                str(row["images"]),
-                *(f"{x['temp_bytes'] / 2**20:,.0f}" for x in (ours, plain)),
-                f"{ours['temp_bytes'] / plain['temp_bytes']:.2f}",
-                *(f"{x['seconds']:.2f}" for x in (ours, plain)),
-                f"{ours['seconds'] / plain['seconds']:.2f}",
-                f"{abs(ours['loss'] - plain['loss']) / plain['loss']:.0e}",
-            )
-        yield table
-    if inputs := result.get("input"):
-        yield from _input_tables(inputs)
+    if "losses" in result:
+        yield losses_table(result["losses"])
+    if "input" in result:
+        yield from input_tables(result["input"])
 
 
-def _input_tables(inputs: dict[str, Any]) -> Iterator[Table]:
-    pillow = inputs["pillow_views"]
-    rates = {f"decode, {name}": rate for name, rate in inputs["decode"].items()}
-    rates |= {f"loader, {how}": rate / inputs["cores"] for how, rate in inputs["loader"].items()}
-    rates["all views with Pillow"] = pillow
-    yield _table(
+def step_table(step: StepSpeed) -> Table:
+    """The whole step."""
+    median, low, high = step.step
+    return two_columns("the step", {
+        "compilation": f"{step.compile_seconds:.1f} s",
+        "a step, median (range)": f"{median:.3f} s ({low:.3f} to {high:.3f})",
+        "images/s": f"{step.images_per_second:.2f}",
+        "TFLOP/s of its matrix products": f"{step.tflops:.3f}",
+        "TFLOP/s of one large product": f"{step.product_tflops:.3f}",
+        "share of that": f"{step.product_share:.0%}",
+        "temporaries": f"{step.temp_bytes / 2**20:,.0f} MiB a device",
+        "state and batch": f"{step.argument_bytes / 2**20:,.0f} MiB a device",
+        "most memory in use": "not reported by this device" if step.peak_bytes is None
+        else f"{step.peak_bytes / 2**20:,.0f} MiB",
+    })  # fmt: skip
+
+
+def losses_table(rows: list[LossCosts]) -> Table:
+    """Both ways to compute the losses."""
+    table = Table(
+        "images", "chunked", "plain", "share", "chunked", "plain", "ratio", "differ by",
+        title="the losses, value and gradients: MiB of temporaries, then seconds",
+    )  # fmt: skip
+    for images, ours, plain in rows:
+        table.add_row(
+            str(images),
+            *(f"{x.temp_bytes / 2**20:,.0f}" for x in (ours, plain)),
+            f"{ours.temp_bytes / plain.temp_bytes:.2f}",
+            *(f"{x.seconds:.2f}" for x in (ours, plain)),
+            f"{ours.seconds / plain.seconds:.2f}",
+            f"{abs(ours.loss - plain.loss) / plain.loss:.0e}",
+        )
+    return table
+
+
+def input_tables(speed: InputSpeed) -> Iterator[Table]:
+    """How fast photos become canvases, and what those lose."""
+    rates = {f"decode, {name}": rate for name, rate in speed.decode.items()}
+    rates |= {f"loader, {how}": rate / speed.cores for how, rate in speed.loader.items()}
+    rates["all views with Pillow"] = speed.pillow_views
+    yield two_columns(
         "photos of 500 × 375 to canvases, images/s a core",
-        {name: f"{rate:6,.0f}  {rate / pillow:5.1f} ×" for name, rate in rates.items()},
+        {name: f"{rate:6,.0f}  {rate / speed.pillow_views:5.1f} ×" for name, rate in rates.items()},
     )
-    yield _table(
+    yield two_columns(
         "mean absolute error of crops from a canvas, levels of 255",
         {
             f"canvas {side}": ", ".join(f"{kind} {error:.2f}" for kind, error in errors.items())
-            for side, errors in inputs["fidelity"].items()
+            for side, errors in speed.fidelity.items()
         },
     )
 
 
-def _table(title: str, rows: dict[str, str]) -> Table:
+def two_columns(title: str, rows: dict[str, str]) -> Table:
+    """Names and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
