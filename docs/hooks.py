@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from esvit_jax.config import reference
+from esvit_jax.config.reference import reference
 
 ROOT = Path(__file__).parent.parent
 # Pages of the site for files at the root of the repository.
