@@ -20,8 +20,14 @@ setup(
     author="The esvit_jax authors",
     license="Apache-2.0",
     keywords=[
-        "self-supervised learning", "vision transformer", "representation learning", "EsViT",
-        "Swin Transformer", "JAX", "Flax", "TPU",
+        "self-supervised learning",
+        "vision transformer",
+        "representation learning",
+        "EsViT",
+        "Swin Transformer",
+        "JAX",
+        "Flax",
+        "TPU",
     ],  # fmt: skip
     classifiers=[
         "Development Status :: 3 - Alpha",
