@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[1]
+version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[0]
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 TEST = ["beartype", "pillow", "pytest", "pytest-xdist"]
