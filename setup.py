@@ -28,7 +28,7 @@ setup(
         "JAX",
         "Flax",
         "TPU",
-    ],  # fmt: skip
+    ],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
