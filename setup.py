@@ -6,18 +6,44 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[1]
+version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[0]
+
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+TEST = ["beartype", "pillow", "pytest", "pytest-xdist"]
 
 setup(
     name="esvit_jax",
     version=version,
     description="Self-supervised pretraining of multi-stage vision transformers in JAX",
-    long_description=(here / "README.md").read_text(),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The esvit_jax authors",
     license="Apache-2.0",
+    keywords=[
+        "self-supervised learning",
+        "vision transformer",
+        "representation learning",
+        "EsViT",
+        "Swin Transformer",
+        "JAX",
+        "Flax",
+        "TPU",
+    ],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
+    # The configs are part of the package, so that --config=quickstart works from any folder.
     packages=[*find_packages(include=["esvit_jax", "esvit_jax.*"]), "esvit_jax.configs"],
-    package_dir={"esvit_jax.configs": "configs"},  # for --config=quickstart from any folder
+    package_dir={"esvit_jax.configs": "configs"},
     package_data={
         "esvit_jax": ["py.typed"],
         "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"],
@@ -52,7 +78,9 @@ setup(
         "tf": ["tensorflow"],
         "heic": ["pillow-heif"],
         "torch": ["torch", "transformers"],
-        "test": ["beartype", "pillow", "pytest", "pytest-xdist"],
-        "dev": ["beartype", "pillow", "pre-commit", "pyright", "pytest", "pytest-xdist", "ruff"],
+        "docs": DOCS,
+        "test": TEST,
+        # Linters are pinned: what passes today passes tomorrow.
+        "dev": [*DOCS, *TEST, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
     },
 )

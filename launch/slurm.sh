@@ -6,6 +6,6 @@
 #SBATCH --signal=TERM@120
 # Trains on GPU nodes: one process a node; requeued after a preemption, it goes on.
 #
-#   sbatch launch/slurm.sh --config=configs/esvit_swin.py --workdir=/shared/run …
+#   sbatch launch/slurm.sh --config=esvit_swin --workdir=/shared/run …
 set -euo pipefail
 srun python -m esvit_jax train --distributed "$@"

@@ -2,7 +2,7 @@
 # Trains on all hosts of a TPU VM slice; run it again after a preemption and it goes on.
 #
 #   TPU_NAME=my-slice ZONE=us-central2-b DATA_DIR=gs://bucket/tfds WORKDIR=/mnt/bucket/run \
-#     launch/tpu_vm.sh configs/esvit_swin.py:variant=tiny [--config.field=value …]
+#     launch/tpu_vm.sh esvit_swin:variant=tiny [--config.field=value …]
 #
 # WORKDIR is a folder that all hosts share, such as a bucket mounted with gcsfuse.
 set -euo pipefail
