@@ -7,9 +7,9 @@ from absl import logging
 from rich.console import Console
 
 from esvit_jax import parallel
-from esvit_jax.analyze.summary import draw_figures, knn_summary
+from esvit_jax.analyze.summary import summarize
 from esvit_jax.config import parse_config
-from esvit_jax.errors import UserError
+from esvit_jax.errors import renamed
 from esvit_jax.loop import train
 
 
@@ -29,13 +29,9 @@ def main(argv: list[str]) -> None:
     config, rest = parse_config(argv)
     arguments = parser.parse_args(rest)
     logging.set_verbosity(logging.WARNING)
-    if "://" in arguments.workdir:
-        raise UserError(f"--workdir={arguments.workdir} is remote: mount the bucket as a folder")
     if arguments.distributed:
         parallel.start_distributed()
-    train(config, arguments.workdir)
+    with renamed(workdir="--workdir"):
+        result = train(config, arguments.workdir)
     if jax.process_index() == 0:
-        if table := knn_summary(arguments.workdir):
-            Console().print(table)
-        loss, views = draw_figures(config, arguments.workdir)
-        print(f"the loss: {loss}\nthe views of one image: {views}")
+        summarize(config, result.workdir, Console())
