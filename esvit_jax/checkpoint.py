@@ -73,20 +73,40 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest state, with the structure and shapes of `state`."""
+        """The newest state, with the structure and shapes of `state`.
+
+        Raises:
+          UserError: it is damaged or of another shape.
+        """
         model, training = split_state(_abstract(state))
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model), training=ocp.args.StandardRestore(training)
-            ),
-        )
+        step = self.latest_step()
+        with _unreadable(self._manager.directory, step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(model),
+                    training=ocp.args.StandardRestore(training),
+                ),
+            )
         return join_state(restored["model"], restored["training"])
 
     def close(self) -> None:
         """Waits until what was started is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextmanager
+def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
+    """Says in one line which checkpoint is damaged, or of another shape than its config.json."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"checkpoint {step} in {directory} is damaged, or does not fit the config.json beside "
+            f"it: {reason[:300]}"
+        ) from error
 
 
 def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,19 +165,31 @@ def write_config(
 def read_config(
     workdir: str | os.PathLike, name: str = "config.json"
 ) -> tuple[ConfigDict, dict[str, Any]] | None:
-    """What `write_config` wrote, or None where there is no such file.
+    """What `write_config` wrote, checked; None where there is no such file.
 
     Raises:
-      UserError: the file is there but is not one of ours.
+      UserError: the file is not one of ours, or somebody has set a field to what cannot work.
     """
     path = _absolute(workdir) / name
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text())
-        return config_lib.unflatten(content["config"]), content["facts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the config of a run: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not the config of a run: it is no JSON, {error}") from error
+    if not (isinstance(content, dict) and {"config", "facts"} <= content.keys()):
+        raise UserError(f'{path} is not the config of a run: it lacks "config" or "facts"')
+    fields, facts = content["config"], content["facts"]
+    if not (isinstance(fields, dict) and isinstance(facts, dict)):
+        raise UserError(f'{path} is not the config of a run: "config" and "facts" are objects')
+    try:
+        config = config_lib.unflatten(fields)
+        config_lib.check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config, facts
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
@@ -189,10 +221,26 @@ class LoadedModel(NamedTuple):
     centers: Any
     step: int
 
+    def network(self, key: str | None = None) -> Any:
+        """The params of one of the two networks.
+
+        Args:
+          key: "teacher" or "student"; None is the one to evaluate: the teacher, unless the
+            checkpoint was converted for its student (`facts["key"]`).
+
+        Raises:
+          UserError: another key.
+        """
+        networks = {"teacher": self.teacher, "student": self.student}
+        key = key or self.facts.get("key", "teacher")
+        if key not in networks:
+            raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
+        return networks[key]
+
     @property
     def params(self) -> Any:
-        """The network to evaluate: the teacher, unless it was converted with --key=student."""
-        return self.student if self.facts.get("key") == "student" else self.teacher
+        """The network to evaluate."""
+        return self.network()
 
 
 def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
@@ -207,7 +255,8 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
     """
     found = read_config(workdir)
     if found is None:
-        raise UserError(f"{workdir} is no workdir: it has no config.json")
+        what = "has checkpoints but" if has_checkpoint(workdir) else "is no workdir: it has"
+        raise UserError(f"{workdir} {what} no config.json")
     config, facts = found
     model = create_model(config)
     with ocp.CheckpointManager(
@@ -225,14 +274,10 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
         shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
         if facts.get("parts") == "backbone":
             shapes = {"teacher": {"backbone": params["backbone"]}}
-        try:
+        with _unreadable(manager.directory, step):
             items = manager.restore(
                 step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
             )
-        except ValueError as error:
-            raise UserError(
-                f"{workdir}: checkpoint {step} does not fit its config.json: {error}"
-            ) from error
     arrays = items["model"]
     if facts.get("parts") == "backbone":
         arrays |= {"student": arrays["teacher"], "centers": {}}

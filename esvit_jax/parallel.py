@@ -56,11 +56,18 @@ def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None
         return jitted
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def from_all_processes(replicated, batch):
-        batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-        return jitted(replicated, batch)
+    def from_all_processes(function):
+        def call(replicated, batch):
+            batch = jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+            )
+            return function(replicated, batch)
 
-    return from_all_processes
+        return call
+
+    lifted: Any = from_all_processes(jitted)
+    lifted.lower = from_all_processes(jitted.lower)
+    return lifted
 
 
 def _mesh(devices: Any = None) -> Mesh:

@@ -1,14 +1,16 @@
-"""Evaluations of a run while it trains: `evaluators` makes those that a config asks for."""
+"""Evaluations of a run while it trains: `evaluators` makes those that a config asks for.
 
+A new one is a file with a class like `online_knn.KnnEvaluator`, and a line in `MAKERS`. Its
+results are printed, written and drawn as all others are.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from esvit_jax.config import ConfigDict, RunNumbers
-from esvit_jax.data.sources import Source, TFRecordSource, open_source
-from esvit_jax.errors import UserError, renamed
-from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
-from esvit_jax.evaluate.knn import knn_accuracy
-from esvit_jax.evaluate.result import RAW_PIXELS, TEACHER, Result
-from esvit_jax.models import create_model
+from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.evaluate.online_knn import KnnEvaluator
+from esvit_jax.evaluate.result import Result
 
 
 @runtime_checkable
@@ -19,7 +21,7 @@ class Evaluator(Protocol):
         """Whether the teacher after so many steps is to be evaluated."""
         ...
 
-    def __call__(self, params: Any, step: int) -> Result:
+    def __call__(self, params: Mapping[str, Any], step: int) -> Result:
         """Evaluates a network.
 
         Args:
@@ -33,61 +35,18 @@ class Evaluator(Protocol):
         ...
 
 
+# (config, train split, numbers of the run) -> an evaluator; None where the config asks for none.
+Maker = Callable[[ConfigDict, Source | TFRecordSource, RunNumbers], Evaluator | None]
+MAKERS: tuple[Maker, ...] = (KnnEvaluator.of_config,)
+
+
 def evaluators(
     config: ConfigDict, train_source: Source | TFRecordSource, numbers: RunNumbers
 ) -> list[Evaluator]:
-    """The evaluations that a config asks for; opens their data.
+    """The evaluations that a config asks for; opens their data, and computes nothing.
 
     Raises:
-      UserError: an evaluation needs labels, and there are none.
+      UserError: an evaluation needs labels, and there are none; or its data cannot be opened.
     """
-    found: list[Evaluator] = []
-    if config.knn_every_steps:
-        found.append(KnnEvaluator(config, train_source, numbers.total_steps))
-    return found
-
-
-class KnnEvaluator:
-    """k-NN on the test split, by features of the train split.
-
-    It is due every `config.knn_every_steps` and after the last of `total_steps`.
-    """
-
-    def __init__(self, config: ConfigDict, train_source: Source | TFRecordSource, total_steps: int):
-        self._config, self._total_steps = config, total_steps
-        with renamed(
-            name="config.data.name", split="config.data.test_split",
-            data_dir="config.data.data_dir",
-        ):  # fmt: skip
-            test_source = open_source(
-                config.data.name, config.data.test_split, config.data.data_dir or None
-            )
-        for source in (train_source, test_source):
-            if not source.num_classes:
-                raise UserError(
-                    f"k-NN needs labels, and {source.name} {source.split} has none; set it to 0",
-                    argument="config.knn_every_steps", value=config.knn_every_steps,
-                )  # fmt: skip
-        self._sources = train_source, test_source
-        backbone = create_model(config).backbone
-        self._extractor = FeatureExtractor(view_features(backbone, config), config, self._sources)
-
-    def due(self, step: int) -> bool:
-        return step % self._config.knn_every_steps == 0 or step == self._total_steps
-
-    def __call__(self, params: Any, step: int) -> Result:
-        return self._result(self._extractor, params["backbone"], TEACHER, step)
-
-    def baselines(self) -> list[Result]:
-        """The images themselves as features."""
-        pixels = FeatureExtractor(raw_pixels(self._config), self._config, self._sources)
-        return [self._result(pixels, {}, RAW_PIXELS, None)]
-
-    def _result(
-        self, extractor: FeatureExtractor, params: Any, subject: str, step: int | None
-    ) -> Result:
-        train, test = (extractor.arrays(params, source) for source in self._sources)
-        values = knn_accuracy(
-            *train, *test, ks=self._config.evaluate.k, num_classes=self._sources[0].num_classes
-        )
-        return Result("knn", values, subject, step)
+    made = [make(config, train_source, numbers) for make in MAKERS]
+    return [evaluator for evaluator in made if evaluator is not None]

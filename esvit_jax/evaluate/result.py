@@ -10,6 +10,10 @@ TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
 SUBJECTS = (TEACHER, RAW_PIXELS)
 # Units of quantities, by the first part of their names; what is not here has none.
 UNITS = {"top1": "%", "top5": "%"}
+# How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
+# quantity apart; what is not here is written as it is.
+TITLES = {"knn": "k-NN", "top1": "top-1", "top5": "top-5"}
+PARAMETERS = {"knn": "k"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +38,18 @@ class Result:
         prefix = "" if self.subject == TEACHER else f"{self.subject}/"
         return {f"{prefix}{self.evaluation}/{name}": x for name, x in self.values.items()}
 
+    @property
+    def first_quantity(self) -> str:
+        """The one to show where there is room for one."""
+        return next(iter(self.values)).split("/")[0]
+
     def quantity(self, name: str) -> dict[str, float]:
-        """The values of one quantity by what follows it: {"10": 68.5, "20": 67.7, …}."""
-        prefix = f"{name}/"
-        return {k.removeprefix(prefix): x for k, x in self.values.items() if k.startswith(prefix)}
+        """The values of one quantity by what follows it: {"10": 68.5, "20": 67.7, …}.
+
+        {"": 68.5} where nothing follows.
+        """
+        parts = {key: key.partition("/") for key in self.values}
+        return {rest: self.values[key] for key, (first, _, rest) in parts.items() if first == name}
 
     def json(self) -> dict[str, Any]:
         """All of it, with units, as JSON holds it."""
@@ -52,6 +64,19 @@ class Result:
 def unit(name: str) -> str:
     """The unit of a value by its name, "" for a mere number."""
     return UNITS.get(name.split("/")[0], "")
+
+
+def heading(evaluation: str, quantity: str) -> str:
+    """For tables and axes: "k-NN top-1 (%)"."""
+    words = f"{TITLES.get(evaluation, evaluation)} {TITLES.get(quantity, quantity)}"
+    return words + (f" ({UNITS[quantity]})" if quantity in UNITS else "")
+
+
+def value_title(evaluation: str, which: str) -> str:
+    """For columns and legends, what tells a value of a quantity from the others: "k = 10"."""
+    if not which:
+        return "teacher"
+    return f"{PARAMETERS[evaluation]} = {which}" if evaluation in PARAMETERS else which
 
 
 def results_of_line(line: Mapping[str, Any]) -> list[Result]:
@@ -74,3 +99,11 @@ def results_of_line(line: Mapping[str, Any]) -> list[Result]:
 def results_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
     """Those of all lines, in order."""
     return [result for line in lines for result in results_of_line(line)]
+
+
+def by_evaluation(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The results of each evaluation, in order."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.evaluation, []).append(result)
+    return found

@@ -40,7 +40,7 @@ def init_from(
     ours: dict[str, Any] = traverse_util.flatten_dict(
         {part: params[part] for part in wanted}, sep="/"
     )
-    theirs: dict[str, Any] = traverse_util.flatten_dict(dict(loaded.params), sep="/")
+    theirs: dict[str, Any] = traverse_util.flatten_dict(dict(loaded.network()), sep="/")
 
     lines = [f"missing: {name}" for name in ours if name not in theirs]
     lines += [
@@ -65,6 +65,6 @@ def init_from(
     report = f"loaded {', '.join(wanted)} ({len(new)} tensors) from {init_from}, step {loaded.step}"
     if random := [part for part in params if part not in wanted]:
         report += f"; random: {', '.join(random)}"
-    if unused := [part for part in loaded.params if part not in wanted]:
+    if unused := [part for part in loaded.network() if part not in wanted]:
         report += f"; not used: {', '.join(unused)}"
     return {**params, **traverse_util.unflatten_dict(new, sep="/")}, report

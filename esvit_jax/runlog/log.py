@@ -1,0 +1,115 @@
+"""What a run says of itself: lines to read, metrics on disk, results for the caller."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from esvit_jax.config import ConfigDict, RunNumbers
+from esvit_jax.evaluate.result import Result
+from esvit_jax.optim import Schedule
+from esvit_jax.runlog.clock import StepClock
+from esvit_jax.runlog.collapse import collapse_warning
+from esvit_jax.runlog.progress import Progress
+from esvit_jax.runlog.writer import MetricWriter
+
+
+class RunLog:
+    """Writes and shows what training and evaluations measure.
+
+    Args:
+      workdir: for metrics.jsonl and TensorBoard.
+      config, numbers: of the run.
+      schedules: functions of the step, logged beside the scalars of training.
+      resume_step: steps done before; None for a new run.
+      console: to print to; a quiet one on processes other than 0.
+
+    Attributes:
+      scalars: the last ones logged.
+      results: of all evaluations, in order.
+      clock: to be told when the loop waits for data.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        config: ConfigDict,
+        numbers: RunNumbers,
+        schedules: Mapping[str, Schedule],
+        *,
+        resume_step: int | None,
+        console: Console,
+    ):
+        self._config, self._numbers, self._schedules = config, numbers, schedules
+        self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
+        self._writer = MetricWriter(
+            workdir, resume_step=resume_step, enabled=jax.process_index() == 0
+        )
+        self._shown_warnings: set[str] = set()
+        self._timed_from = resume_step or 0  # steps done when the clock last started
+        self.scalars: dict[str, float] = {}
+        self.results: list[Result] = []
+        self.clock = StepClock()
+
+    def say(self, message: str) -> None:
+        """Prints a message."""
+        self._progress.print(message)
+
+    def busy(self, what: str) -> AbstractContextManager[None]:
+        """Says, while a block runs, what it does and for how long."""
+        return self._progress.busy(what)
+
+    def record(self, result: Result, step: int) -> None:
+        """Writes and prints what an evaluation measured; its time is not training's."""
+        self.results.append(result)
+        self._writer.write(step, result.scalars())
+        self.say(f"step {step}: {result.evaluation} of {result.subject}: {result}")
+        self._restart_clock(step)
+
+    def first_step(self, done: int, scalars: Mapping[str, jax.Array]) -> None:
+        """Shows the first step of this start, whose time is mostly not a step's."""
+        self._progress.first(done, float(scalars["loss"]))
+        self._restart_clock(done)
+
+    def advance(self, done: int) -> None:
+        """Moves the live line."""
+        self._progress.advance(done)
+
+    def due(self, done: int) -> bool:
+        """Whether the scalars after so many steps are to be logged."""
+        return done % self._config.log_every_steps == 0 or done == self._numbers.total_steps
+
+    def log(self, done: int, scalars: Mapping[str, jax.Array]) -> None:
+        """Waits for the scalars of the last of so many steps; writes and shows them."""
+        numbers = {name: float(x) for name, x in scalars.items()}
+        numbers |= {name: float(value(done - 1)) for name, value in self._schedules.items()}
+        if done > self._timed_from:
+            numbers |= self.clock.report((done - self._timed_from) * self._config.batch_size)
+            self._progress.update(done, numbers)
+        self._timed_from = done
+        self._writer.write(done, numbers)
+        self._warn(done, numbers)
+        self.scalars = numbers
+
+    def _warn(self, done: int, scalars: Mapping[str, Any]) -> None:
+        if done <= self._numbers.warmup_steps:
+            return
+        warning = collapse_warning(scalars, num_prototypes=self._config.head.num_prototypes)
+        if warning and warning not in self._shown_warnings:
+            self._shown_warnings.add(warning)
+            self.say("warning: " + warning)
+
+    def _restart_clock(self, done: int) -> None:
+        self.clock.restart()
+        self._timed_from = done
+
+    def __enter__(self) -> "RunLog":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
+        self._writer.close()

@@ -1,0 +1,83 @@
+"""SIGTERM (preemption) and Ctrl-C: heeded at once, or between two steps."""
+
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Thread
+from types import FrameType
+from typing import Any, TypeVar
+
+from esvit_jax.errors import RunError
+
+T = TypeVar("T")
+
+
+class Interrupted(RunError):
+    """A signal ended a run before its first step.
+
+    A compiler may still be at work in a thread that nothing can end; a process that wants to end
+    now must use `os._exit`.
+    """
+
+
+class StopSignals:
+    """Within the block, SIGTERM and Ctrl-C are remembered: `received` is true after one.
+
+    A second Ctrl-C interrupts whatever is being done. Outside of the main thread (a notebook's
+    worker) handlers cannot be set, and signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._raising = False
+        self._old: dict[int, Any] = {}
+
+    @contextmanager
+    def raising(self, message: str) -> Iterator[None]:
+        """Within this block, a signal raises Interrupted instead; the message says what of it."""
+        self._raising = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped by a signal: {message}") from None
+        finally:
+            self._raising = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._raising:
+            raise KeyboardInterrupt
+        self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __enter__(self) -> "StopSignals":
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread
+            pass
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """Runs a function that stays away from Python for long, so that signals are heeded meanwhile.
+
+    Python runs the handlers of signals in its main thread alone, and there only between two steps
+    of its own: while the compiler has that thread, for minutes, Ctrl-C does nothing. Here the main
+    thread only waits. If a handler raises, the function runs on in its thread until it is done or
+    the process ends.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return outcome.result()
