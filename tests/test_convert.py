@@ -261,6 +261,20 @@ def test_patches_of_no_pixels_are_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_entries_of_another_kind(tmp_path):
+    tensors, _, _ = published(small_config())
+    scalar = np.zeros(1, np.float32)
+    for name, message in (
+        ("student", "its entry student is a ndarray, not a dict of tensors"),
+        ("teacher.head.last_layer.weight_v", r"wrong shape: .*weight_v is \[1\], not \["),
+        ("dino_loss.center", r"wrong shape: view center is \[1\]"),
+    ):
+        content = {name: scalar} if name == "student" else tensors | {name: scalar}
+        file = write(tmp_path / "a.safetensors", content)
+        with pytest.raises(UserError, match=message):
+            convert(file, tmp_path / "a")
+
+
 def test_heads_that_do_not_divide_the_features(tmp_path):
     tensors, _ = supervised(small_config(), "microsoft")
     for name in list(tensors):
@@ -275,8 +289,9 @@ def test_heads_that_do_not_divide_the_features(tmp_path):
     ("options", "message"),
     [
         ({"key": "both"}, "key = 'both': it must be 'teacher' or 'student'"),
-        ({"window_size": 0}, "window_size = 0: it must be at least 1"),
-        ({"image_size": 0}, "image_size = 0: it must be at least 1"),
+        ({"window_size": 0}, "window_size = 0: it must be from 1 to 4096"),
+        ({"image_size": 0}, "image_size = 0: it must be from 1 to 4096"),
+        ({"image_size": 10**9}, "image_size = 1000000000: it must be from 1 to 4096"),
         ({"image_size": 30}, r"image_size = 30: the bias tables are of windows \[4, 4, 4\]"),
     ],
 )

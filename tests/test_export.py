@@ -231,8 +231,14 @@ assert not any(name.startswith(("flax", "esvit_jax.")) for name in sys.modules)
     [
         ({"format": "huggingface", "image_size": 40}, "image_size = 40: .* 25 to 32 pixels"),
         ({"format": "timm", "image_size": 28}, "image_size = 28: timm.* 29 to 32 pixels"),
-        ({"format": "stablehlo", "image_size": 3}, "image_size = 3: it must be at least 4"),
-        ({"format": "esvit", "image_size": 0}, "image_size = 0: it must be at least 4"),
+        (
+            {"format": "stablehlo", "image_size": 3},
+            "image_size = 3: it must be from 4, one patch",
+        ),
+        (
+            {"format": "esvit", "image_size": 0},
+            "image_size = 0: it must be from 4, one patch",
+        ),
         ({"format": "esvit", "step": 11}, r"no checkpoint of step 11; it has steps \[10, 30\]"),
     ],
 )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.infer import preset_and_fields
+from esvit_jax.interop.files import Contents
+from esvit_jax.interop.infer import infer_config, preset_and_fields
 from esvit_jax.interop.names import FAMILIES, family_of, recognise, swin
 from esvit_jax.interop.names.base import Family, Inferred
 from esvit_jax.interop.names.published import Tensors, state_dict_from_params
@@ -151,6 +152,14 @@ def test_shift_masks_and_the_user_tell_the_image_size():
         infer(tensors, 96)
     with pytest.raises(UserError, match="no Swin has at any image size"):
         infer(tables((7, 7, 6, 7)), None)
+
+
+def test_shapes_of_an_absurd_size():
+    # Sixteen stages, the last one of a single window of 4.
+    names = tables((7,) * 15 + (4,), heads=(1,) * 16, depths=(1,) * 16)
+    contents = Contents({"model": names}, Swin, SwinFamily(), {}, None, [], [])
+    with pytest.raises(UserError, match="its shapes are those for images of 524288 pixels, over"):
+        infer_config(contents, "model", None)
 
 
 def test_fields_of_no_preset_are_all_given():

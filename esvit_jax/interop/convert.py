@@ -18,7 +18,7 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.interop.files import Contents, naming, read_tensors, sort_contents
 from esvit_jax.interop.folders import new_folder
-from esvit_jax.interop.infer import check_fit, infer_config
+from esvit_jax.interop.infer import LARGEST_IMAGE, check_fit, infer_config
 from esvit_jax.interop.names.published import params_from_state_dict
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.state import zero_centers
@@ -55,8 +55,9 @@ def convert(
     if key not in ("teacher", "student"):
         raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
     for name, size in (("window_size", window_size), ("image_size", image_size)):
-        if size is not None and size < 1:
-            raise UserError("it must be at least 1", argument=name, value=size)
+        if size is not None and not 1 <= size <= LARGEST_IMAGE:
+            message = f"it must be from 1 to {LARGEST_IMAGE}"
+            raise UserError(message, argument=name, value=size)
     file = Path(os.path.expanduser(source))
     with new_folder(directory) as folder:
         report(f"reading {file}")

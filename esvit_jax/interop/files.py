@@ -158,7 +158,7 @@ def sort_contents(content: Mapping[str, Any]) -> Contents:
             networks = {"model": content.pop(wrappers[0])}
         else:
             networks, content = {"model": content}, {}
-    losses = content.pop("dino_loss", {})
+    losses = _tensors_of("dino_loss", content.pop("dino_loss", {}))
     centers = {
         ours: losses[theirs].reshape(-1) for theirs, ours in CENTERS.items() if theirs in losses
     }
@@ -169,7 +169,7 @@ def sort_contents(content: Mapping[str, Any]) -> Contents:
     unknown = _tensor_names(rest)
     backbone_class = family = None
     for name, entries in networks.items():
-        tensors = {n: x for n, x in entries.items() if isinstance(x, np.ndarray)}
+        tensors = _tensors_of(name, entries)
         unknown += [f"{name} {n}" for n in entries if n not in tensors]
         backbone_class, family, networks[name], classifier = _sort_network(tensors)
         left_behind += [f"{name} {n}" for n in classifier]
@@ -201,6 +201,17 @@ def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
         entry, _, rest = name.partition(".")
         nested.setdefault(entry, {})[rest] = value
     return nested
+
+
+def _tensors_of(name: str, entries: Any) -> Tensors:
+    """The tensors in one entry of a file.
+
+    Raises:
+      UserError: it is no dict.
+    """
+    if not isinstance(entries, Mapping):
+        raise UserError(f"its entry {name} is a {type(entries).__name__}, not a dict of tensors")
+    return {n: x for n, x in entries.items() if isinstance(x, np.ndarray)}
 
 
 def _sort_network(tensors: Tensors) -> tuple[type[Backbone], Family[Any], Tensors, list[str]]:

@@ -13,6 +13,8 @@ from esvit_jax.interop.names.published import Tensors, state_dict_from_params
 from esvit_jax.models import PRESETS, Backbone, EsViT
 from esvit_jax.state import init_params, zero_centers
 
+LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
+
 
 def infer_config(
     contents: Contents, network: str, image_size: int | None
@@ -37,13 +39,14 @@ def infer_config(
     for name, value in preset_and_fields(contents.backbone_class, inferred.fields).items():
         config.backbone[name] = value
     size = inferred.fields["image_size"]
+    if size > LARGEST_IMAGE:
+        raise UserError(f"its shapes are those for images of {size} pixels, over {LARGEST_IMAGE}")
     notes = [f"image size {size}: {inferred.note}"]
     config.views.global_size = size
-    config.data.canvas_size = max(
-        config.data.canvas_size, config.data.canvas_size * size // 224
-    )  # fmt: skip
-    v, g = (tensors.get(f"head.last_layer.weight_{x}") for x in "vg")
-    hidden, bottleneck = (tensors.get(f"head.mlp.{i}.weight") for i in (0, 4))
+    config.data.canvas_size = config.data.canvas_size * max(size, 224) // 224
+    matrices = {name: x for name, x in tensors.items() if x.ndim == 2}
+    v, g = (matrices.get(f"head.last_layer.weight_{x}") for x in "vg")
+    hidden, bottleneck = (matrices.get(f"head.mlp.{i}.weight") for i in (0, 4))
     if v is not None and hidden is not None and bottleneck is not None:
         config.head.num_prototypes = v.shape[0]
         config.head.hidden_dim = hidden.shape[0]

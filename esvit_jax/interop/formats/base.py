@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
-from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.infer import LARGEST_IMAGE, not_finite
 from esvit_jax.interop.names import family_of
 from esvit_jax.interop.names.base import Family, Peer
 from esvit_jax.interop.names.published import (
@@ -105,7 +105,7 @@ def load_exportable(
 
     Raises:
       UserError: there is no such model, its weights are not finite, or `image_size` is smaller
-        than a patch.
+        than a patch or too large.
     """
     if key not in (None, "teacher", "student"):
         raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
@@ -117,10 +117,9 @@ def load_exportable(
     if size is None:
         size = config.evaluate.size or config.views.global_size
     patch_size = backbone.stages[0].stride
-    if size < patch_size:
-        raise UserError(
-            f"it must be at least {patch_size}, one patch", argument="image_size", value=size
-        )
+    if not patch_size <= size <= LARGEST_IMAGE:
+        message = f"it must be from {patch_size}, one patch, to {LARGEST_IMAGE}"
+        raise UserError(message, argument="image_size", value=size)
     network = loaded.student if chosen == "student" else loaded.teacher
     params = jax.tree.map(np.asarray, network["backbone"])
     for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
