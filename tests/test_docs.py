@@ -32,6 +32,12 @@ def test_fields_exist():
     assert sorted(name for name in named if name not in fields and name not in sections) == []
 
 
+def test_files_exist():
+    named = set(re.findall(r"\b(?:tests|esvit_jax|launch)/[\w/]*\w\.\w+", "\n".join(code_of(TEXT))))
+    assert "esvit_jax/steps.py" in named
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
 def test_commands_exist():
     named = set(re.findall(r"\besvit ([a-z]+)\b", "\n".join(code_of(TEXT))))
     assert {"train", "plan"} <= named
