@@ -81,9 +81,13 @@ def test_the_breakdown_has_a_row_of_sums():
     )  # fmt: skip
     text = rendered(command.tables(plan, with_breakdown=True))
     rows = [re.sub(r"[│ ]+", " ", line).strip() for line in text.splitlines()]
-    for row in ("MLPs 1.0 25.0 1.00 25.0", "all 4.0 100.0 4.00 100.0",
-                "3.00 2 1.0 fusion.7 f32[8]{0} jit(f)/mul",
-                "estimated share of the peak, % 7.7", "estimated images/s, all chips 3,200"):  # fmt: skip
+    for row in (
+        "MLPs 1.0 25.0 1.00 25.0",
+        "all 4.0 100.0 4.00 100.0",
+        "3.00 2 1.0 fusion.7 f32[8]{0} jit(f)/mul",
+        "estimated share of the peak, % 7.7",
+        "estimated images/s, all chips 3,200",
+    ):
         assert row in rows
     assert "MLPs" not in rendered(command.tables(plan, with_breakdown=False))
 

@@ -48,12 +48,13 @@ class Probe(NamedTuple):
 
 
 def probes() -> list[Probe]:
-    """A product, a sum of arrays, a copy that turns the axes around, and a reduction."""
+    """A product, sums of arrays, a copy that turns the axes around, and a reduction."""
     import jax.numpy as jnp
 
     square, big = (SIDE, SIDE), (GIB // 4 // 1024, 1024)  # `big` is 1 GiB in float32
     return [
         Probe(f"product, {SIDE}³", jnp.matmul, (square,) * 2, "bfloat16", 2 * SIDE**3, 6 * SIDE**2),
+        Probe("1 GiB plus 1", lambda x: x + 1, (big,), "float32", 0, 2 * GIB),
         Probe("sum of 1 GiB and 1 GiB", jnp.add, (big,) * 2, "float32", 0, 3 * GIB),
         Probe("transpose of 1 GiB", jnp.transpose, (big,), "float32", 0, 2 * GIB),
         Probe("row sums of 1 GiB", lambda x: x.sum(-1), (big,), "float32", 0, GIB),
