@@ -98,7 +98,7 @@ def test_recomputing_holds_less():
 
     whole = peak(jax.grad(network), SQUARE, SQUARE)
     parts = peak(jax.grad(halves), SQUARE, SQUARE)
-    # Six results of tanh, and what goes back. In halves: what lies between them, then three results.
+    # Six results of tanh, and what goes back; of halves, what lies between them and one's three.
     assert (whole, parts) == (7 * BYTES, 4 * BYTES)
     jaxpr = jax.make_jaxpr(jax.grad(halves))(*[jax.ShapeDtypeStruct(SQUARE, jnp.float32)] * 2)
     assert peak_bytes(jaxpr.jaxpr, merging=True) == whole

@@ -14,6 +14,8 @@ def made_up_plan(batch, *, peak, memory, remat="none", accum_steps=1):
         quick=False, parameter_bytes=0, optimizer_bytes=0, teacher_bytes=0, argument_bytes=0,
         temp_bytes=0, peak_bytes=peak, hbm_bytes=memory, fits=peak <= memory, flops=0,
         bytes_accessed=0, floor_seconds=None, floor_images_per_second=None, floor_hours=None,
+        estimated_cycles=None, estimated_seconds=None, estimated_images_per_second=None,
+        estimated_hours=None, estimated_mfu=None, breakdown=None, costliest=None,
         compile_seconds=0.0, versions={},
     )  # fmt: skip
 

@@ -1,17 +1,20 @@
 """Compiles and measures one training step, in a process that has its topology's environment.
 
-Bytes come from the compiled program (`traffic`), floating-point operations from the traced step
-(`flops`), so that both count every turn of a loop.
+Bytes and cycles come from the compiled program (`traffic`, `cycles`), floating-point operations
+from the traced step (`flops`), so that all count every turn of a loop.
 """
 
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import sys
+import tempfile
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,10 +23,14 @@ from jax.stages import Lowered
 from esvit_jax import parallel
 from esvit_jax.config import ConfigDict, resolve, unflatten
 from esvit_jax.errors import UserError
-from esvit_jax.planning import flops, traffic
-from esvit_jax.planning.estimate import Floor, floor
+from esvit_jax.planning import cycles
+from esvit_jax.planning.breakdown import Costliest, Part, breakdown, costliest
+from esvit_jax.planning.estimate import Expected, Floor, expected, floor
+from esvit_jax.planning.flops import step_flops
+from esvit_jax.planning.hlo import Module
 from esvit_jax.planning.plan import Plan
-from esvit_jax.planning.topology import parse_topology
+from esvit_jax.planning.topology import Topology, parse_topology
+from esvit_jax.planning.traffic import Traffic
 from esvit_jax.recipe import build
 from esvit_jax.state import create_state, init_params
 
@@ -43,8 +50,7 @@ def answer_order() -> None:
     """What the process does that `plan.plan` starts: reads its order, prints the answer."""
     order = json.load(sys.stdin)
     try:
-        plan = measure(unflatten(order.pop("config")), **order)
-        answer: dict[str, Any] = dataclasses.asdict(plan)
+        answer = measure(unflatten(order.pop("config")), **order).as_json()
     except UserError as error:
         value = error.value if isinstance(error.value, int | float | str) else str(error.value)
         answer = {"error": {"message": error.message, "argument": error.argument, "value": value}}
@@ -57,6 +63,8 @@ def measure(
     num_images: int,
     batch_per_chip: int | None = None,
     quick: bool = False,
+    top: int = 0,
+    dump_hlo: str | None = None,
 ) -> Plan:
     """Traces and compiles the training step; the process must have the topology's environment.
 
@@ -77,23 +85,19 @@ def measure(
     )
     batch = batch_shapes(config, len(devices), numbers.images_per_device)
     lifted: Any = parallel.lift(recipe.step, config.parallel, donate=True, devices=devices)
-    start = time.perf_counter()
     if quick and machine.chip:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    start = time.perf_counter()
     program = compile_program(lifted.lower(state, batch))
     seconds = time.perf_counter() - start
 
-    cores = len(devices) // chips
-    step_flops = cores * flops.step_flops(recipe.step, state, batch)
-    moved = cores * traffic.bytes_accessed(program.text) if program.text else None
-    peak, memory = cores * program.peak_bytes, machine.memory
-    least = Floor()
-    if machine.chip and moved is not None:
-        least = floor(
-            machine.chip, moved, step_flops,
-            batch_size=config.batch_size, total_steps=numbers.total_steps,
-        )  # fmt: skip
-    return Plan(
+    cores, memory = len(devices) // chips, machine.memory
+    peak, operations = cores * program.peak_bytes, cores * step_flops(recipe.step, state, batch)
+    run = {"batch_size": config.batch_size, "total_steps": numbers.total_steps}
+    account = Account()
+    if program.text and not (quick and machine.chip):
+        account = take_account(program.text, machine, operations, top, **run)
+    result = Plan(
         topology=topology,
         chips=chips,
         per_chip_batch=config.batch_size // chips,
@@ -108,12 +112,91 @@ def measure(
         peak_bytes=peak,
         hbm_bytes=memory,
         fits=program.fits and peak <= memory,
-        flops=step_flops,
-        bytes_accessed=moved,
-        **least._asdict(),
+        flops=operations,
+        **account.fields(),
         compile_seconds=seconds,
         versions=versions(),
     )
+    if dump_hlo and program.text:
+        keep_program(dump_hlo, program.text, result, run)
+    return result
+
+
+class Account(NamedTuple):
+    """What the text of a program says beyond its memory; None is what it does not."""
+
+    bytes_accessed: int | None = None
+    floor: Floor = Floor()
+    expected: Expected = Expected()
+    breakdown: list[Part] | None = None
+    costliest: list[Costliest] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those of a `Plan`."""
+        fields = self._asdict()
+        return {**fields.pop("floor")._asdict(), **fields.pop("expected")._asdict(), **fields}
+
+
+def take_account(
+    text: str, machine: Topology, operations: int, top: int, *, batch_size: int, total_steps: int
+) -> Account:
+    """Bytes, floors and estimates of a compiled step.
+
+    Args:
+      text: its optimised HLO.
+      machine: that it is compiled for; of a CPU's program only the bytes are counted.
+      operations: of its matrix products, on all cores of a chip.
+      top: how many of the costliest instructions to name.
+      batch_size, total_steps: of the run.
+    """
+    module = Module(text)
+    chip, run = machine.chip, {"batch_size": batch_size, "total_steps": total_steps}
+    if chip is None:
+        return Account(bytes_accessed=Traffic(module).total())
+    costs = list(cycles.costs(module, chip, machine.chips))
+    moved = chip.devices * sum(x.times * x.bytes for x in costs)
+    rows = [row._replace(bytes=chip.devices * row.bytes) for row in breakdown(costs, module)]
+    return Account(
+        bytes_accessed=moved,
+        floor=floor(chip, moved, operations, **run),
+        expected=expected(chip, sum(x.times * x.cycles for x in costs), operations, **run),
+        breakdown=rows,
+        costliest=costliest(costs, module, top),
+    )
+
+
+def keep_program(path: str, text: str, plan: Plan, run: dict[str, int]) -> None:
+    """Writes a program, and before it as a comment what `account_again` needs besides."""
+    header = json.dumps({"plan": plan.as_json(), "run": run})
+    with tempfile.NamedTemporaryFile("w", dir=Path(path).parent, delete=False) as file:
+        file.write(f"// {header}\n{text}")
+    Path(file.name).replace(path)
+
+
+def account_again(path: str | os.PathLike[str], top: int = 0) -> Plan:
+    """The plan of a program that was kept, by today's accounting; nothing is compiled.
+
+    Args:
+      path: see `keep_program`.
+      top: how many of the costliest instructions to name.
+
+    Raises:
+      UserError: the file cannot be read, or holds no such program; a negative `top`.
+    """
+    if top < 0:
+        raise UserError("it must be at least 0", argument="top", value=top)
+    try:
+        header, _, text = Path(path).read_text().partition("\n")
+        kept = json.loads(header.removeprefix("// "))
+        plan = Plan.from_json(kept["plan"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        message = "there is no program in it that `esvit plan --dump_hlo` kept"
+        raise UserError(message, argument="path", value=os.fspath(path)) from error
+    if plan.quick:
+        return plan
+    machine = parse_topology(plan.topology)
+    account = take_account(text, machine, plan.flops, top, **kept["run"])
+    return dataclasses.replace(plan, **account.fields())
 
 
 def _times(factor: int, number: int | None) -> int | None:

@@ -1,0 +1,84 @@
+"""How long the compiler expects a step to take, by the cost model whose numbers it leaves behind.
+
+Each fusion of an optimised HLO module for a TPU carries `"estimated_cycles"`. Here they count as
+often as their loops turn. What has no such number is reckoned: kernels (Pallas) by a table or by
+the bytes they move, whichever takes longer, collectives by the bytes that cross the links. Copies
+that run beside the rest (prefetches) cost no cycles.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from esvit_jax.planning.chips import Chip
+from esvit_jax.planning.hlo import ON_CHIP, Instruction, Module, shape_bytes, tuple_parts
+from esvit_jax.planning.traffic import Traffic
+
+ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
+# How often a byte of the result of a collective crosses a chip's links, on many chips.
+CROSSINGS = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1, "collective-permute": 1}
+
+# {kernel: cycles of one call}, to be filled in from the schedules of our own kernels: bundles of
+# the body times programs.
+KERNEL_CYCLES: dict[str, int] = {}
+
+
+class Cost(NamedTuple):
+    """What an instruction of a program costs each time that it runs.
+
+    Attributes:
+      instruction: of the program.
+      times: how often it runs in a step.
+      cycles: of one of the chip's cores.
+      bytes: to and from main memory.
+    """
+
+    instruction: Instruction
+    times: int
+    cycles: int
+    bytes: int
+
+
+def costs(
+    module: Module, chip: Chip, chips: int, kernel_cycles: Mapping[str, int] = KERNEL_CYCLES
+) -> Iterator[Cost]:
+    """All that one run of an optimised module executes on a device.
+
+    Args:
+      module: compiled for the chip.
+      chip: that runs it.
+      chips: that take part in collectives.
+      kernel_cycles: {name of a kernel: cycles of one call}; see `kernel_name`.
+    """
+    for instruction, times, moved in Traffic(module).executed():
+        opcode = instruction.opcode.removesuffix("-start")
+        estimate = ESTIMATE.search(instruction.attributes)
+        if estimate:
+            cycles = int(estimate[1])
+        elif KERNEL_TARGET in instruction.attributes:
+            by_bytes = moved * chip.clock / _bandwidth_of_a_device(chip)
+            cycles = max(kernel_cycles.get(kernel_name(instruction), 0), round(by_bytes))
+        elif opcode in CROSSINGS:
+            crossing = CROSSINGS[opcode] * (chips - 1) / chips * _result_bytes(instruction)
+            cycles = round(crossing * chip.clock / chip.link_bandwidth)
+        else:
+            cycles = 0
+        yield Cost(instruction, times, cycles, moved)
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """The name that a kernel was given: that of its instruction without the number."""
+    return re.sub(r"(\.\d+)+$", "", instruction.name)
+
+
+def _bandwidth_of_a_device(chip: Chip) -> float:
+    return chip.bandwidth / chip.devices
+
+
+def _result_bytes(instruction: Instruction) -> int:
+    """Of a collective, wherever it lies; a start returns its operand as well."""
+    shape = ON_CHIP.sub("", instruction.shape)
+    if instruction.opcode == "all-gather-start":
+        return shape_bytes(tuple_parts(shape)[1])
+    return shape_bytes(shape)
