@@ -1,6 +1,8 @@
 """`esvit train`: train a backbone, or go on with an interrupted run."""
 
 import argparse
+import os
+import sys
 
 import jax
 from absl import logging
@@ -9,8 +11,9 @@ from rich.console import Console
 from esvit_jax import parallel
 from esvit_jax.analyze.summary import summarize
 from esvit_jax.config import parse_config
-from esvit_jax.errors import renamed
+from esvit_jax.errors import RUN_ERROR, renamed
 from esvit_jax.loop import train
+from esvit_jax.runlog.signals import Interrupted
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +34,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if arguments.distributed:
         parallel.start_distributed()
-    with renamed(workdir="--workdir"):
-        result = train(config, arguments.workdir)
+    try:
+        with renamed(workdir="--workdir"):
+            result = train(config, arguments.workdir)
+    except Interrupted as error:  # perhaps while compiling, which an ordinary exit waits for
+        print(f"esvit train: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RUN_ERROR)
     if jax.process_index() == 0:
         summarize(config, result.workdir, Console())
