@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from esvit_jax.loop import train as train
     from esvit_jax.losses import esvit_loss as esvit_loss
     from esvit_jax.models import create_backbone as create_backbone
-    from esvit_jax.planning.search import plan as plan
+    from esvit_jax.planning.plan import plan as plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -78,7 +78,7 @@ if not TYPE_CHECKING:
     export = _Public("esvit_jax.interop.export", "export")
     knn_accuracy = _Public("esvit_jax.evaluate.knn", "knn_accuracy")
     load = _Public("esvit_jax.interop.load", "load")
-    plan = _Public("esvit_jax.planning.search", "plan")
+    plan = _Public("esvit_jax.planning.plan", "plan")
     train = _Public("esvit_jax.loop", "train")
 
 

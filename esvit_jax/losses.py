@@ -53,13 +53,15 @@ def esvit_loss(
       student: of all views, the stack of global views first; differentiable.
       teacher: of the global views; a constant.
       centers: {"view": f32[k]}, and "region" if regions are to be matched too.
-      student_temp, teacher_temp: of the two softmaxes.
+      student_temp: of the student's softmax.
+      teacher_temp: of the teacher's softmax.
       prototype_chunk: prototypes held at a time; 0 means all.
       dtype: of the factors of products with prototypes; everything else is float32.
 
     Returns:
-      The scalar loss, and scalars to watch: `view_loss`, `region_loss`, `teacher_student_kl` (nats)
-      and, of the view head, `teacher_entropy` and `student_entropy` (a share of ln K, 0 to 1).
+      The scalar loss, and scalars to watch by name. `view_loss`, `region_loss` and
+      `teacher_student_kl` are in nats; of the view head, `teacher_entropy` and `student_entropy` are
+      a share of ln K, 0 to 1.
     """
 
     def both_sides(head: str) -> tuple[HeadOutput, Array, list[Array], Array, Array]:

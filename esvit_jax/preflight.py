@@ -39,7 +39,8 @@ def measure_size(config: ConfigDict, numbers: RunNumbers, recipe: Recipe) -> Siz
         lambda key: create_state(recipe.model, recipe.optimizer, init_params(recipe.model, key)),
         jax.random.key(0),
     )
-    batch = batch_shapes(config, jax.device_count(), numbers.images_per_device)
+    shapes = batch_shapes(config, 1, numbers.images_per_device)
+    batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in shapes.items()}
     return Size(
         backbone_parameters=count(state.params["backbone"]),
         parameters=count(state.params),

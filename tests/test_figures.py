@@ -1,14 +1,16 @@
 """What the figures show: curves, pixels and labels, read back from the drawn figure."""
 
+import itertools
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from esvit_jax.analyze.figures import loss_figure, views_figure
+from esvit_jax.analyze.figures import Curve, first_rise, loss_figure, views_figure
 from esvit_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,6 +43,7 @@ def test_loss_figure_with_knn(tmp_path, drawn):
     write_lines(
         metrics,
         [
+            {"step": 0, "raw_pixels/knn/top1/20": 80.0, "raw_pixels/knn/top1/100": 79.0},
             {"step": 0, "knn/top1/20": 60.0, "knn/top1/100": 50.0, "knn/top5/20": 90.0},
             {"step": 10, "loss": 5.0, "view_loss": 4.0, "region_loss": 6.0},
             {"step": 20, "loss": None, "view_loss": 3.0, "region_loss": 5.0},
@@ -58,9 +61,65 @@ def test_loss_figure_with_knn(tmp_path, drawn):
     np.testing.assert_equal(curves["loss"], [[10, 5], [20, np.nan], [30, 4]])
     assert curves["region loss"] == [[10, 6], [20, 5], [30, 4.5]]
     curves = {line.get_label(): line.get_xydata().tolist() for line in knn.get_lines()}
-    assert curves == {"k = 20": [[0, 60], [30, 70]], "k = 100": [[0, 50], [30, 65]]}
+    assert curves == {
+        "raw pixels": [[0, 80], [1, 80]],  # from edge to edge
+        "untrained": [[0, 60], [1, 60]],
+        "k = 20": [[0, 60], [30, 70]],
+        "k = 100": [[0, 50], [30, 65]],
+    }
     assert (losses.get_ylabel(), knn.get_ylabel()) == ("loss (nats)", "k-NN top-1 (%)")
     assert knn.get_xlabel() == "step"
+    colors = [{to_hex(line.get_color()) for line in axes.get_lines()} for axes in drawn[0].axes]
+    assert not colors[0] & colors[1]  # no colour means two things
+
+
+def test_every_evaluation_has_a_panel(tmp_path, drawn):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 5, "loss": 5.0},
+        {"step": 5, "knn/top1/20": 60.0},
+        {"step": 5, "depth/x": 2.0},
+    ]
+    write_lines(metrics, lines)
+    loss_figure(metrics, tmp_path / "loss.png")
+    labels = ["loss (nats)", "k-NN top-1 (%)", "depth x"]
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == labels
+
+
+def test_the_first_rise_is_explained(tmp_path, drawn):
+    """Down to step 40, up to step 120, then down for good."""
+    losses = np.interp(range(0, 400, 5), [0, 40, 120, 400], [4.0, 2.5, 4.5, 3.0])
+    lines = [{"step": 5 * i, "loss": loss} for i, loss in enumerate(losses)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    (axes,) = drawn[0].axes
+    (note,) = axes.texts
+    assert "harder to predict: the loss rises" in note.get_text()
+    assert 30 <= note.xy[0] <= 50
+    (span,) = axes.patches
+    assert 30 <= span.get_x() <= 50 and 100 <= span.get_x() + span.get_width() <= 125
+    assert axes.get_ylim()[1] > 4.5 + 0.1 * 2  # room for the note
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        np.linspace(6, 3, 100),  # it only falls
+        6 + 0.1 * np.random.default_rng(0).normal(size=100) - np.linspace(0, 3, 100),  # with noise
+        [4.0, 2.5, 4.5, 3.0],  # too short to tell
+        np.interp(range(100), [0, 80, 99], [6, 3, 5]),  # late: something went wrong
+        [5.0] * 100,
+    ],
+)
+def test_no_other_rise_is_explained(losses):
+    assert first_rise(Curve(list(range(len(losses))), [float(x) for x in losses])) is None
+
+
+def test_steps_that_were_not_finite_do_not_hide_the_rise():
+    losses = np.interp(range(0, 400, 5), [0, 40, 120, 400], [4.0, 2.5, 4.5, 3.0])
+    losses[3] = np.nan
+    rise = first_rise(Curve(list(range(0, 400, 5)), losses.tolist()))
+    assert rise is not None and 30 <= rise[0] <= 50
 
 
 def test_loss_figure_of_one_line(tmp_path, drawn):
@@ -93,7 +152,7 @@ def test_loss_figure_refuses(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("num_local", [0, 1, 4, 8, 10])
+@pytest.mark.parametrize("num_local", [0, 1, 4, 8, 9, 10])
 @pytest.mark.parametrize(("size", "local"), [((28, 28), 14), ((75, 100), 24)])
 def test_views_figure(tmp_path, drawn, size, local, num_local):
     rng = np.random.default_rng(0)
@@ -104,7 +163,8 @@ def test_views_figure(tmp_path, drawn, size, local, num_local):
     }
     views = {name: ((v - MEAN) / STD).astype(np.float32) for name, v in pixels.items()}
     out = tmp_path / "views.png"
-    views_figure(image, views, MEAN, STD, out)
+    boxes = rng.integers(1, [[10, 10, 18, 18]] * (2 + num_local))
+    views_figure(image, views, boxes, MEAN, STD, out)
     assert is_png(out)
     shown = {axes.get_title().split("  ")[0]: axes.get_images()[0] for axes in drawn[0].axes}
     names = ["image", "global 1", "global 2"] + [f"local {i + 1}" for i in range(num_local)]
@@ -114,13 +174,23 @@ def test_views_figure(tmp_path, drawn, size, local, num_local):
     for i in range(num_local):
         picture = shown[f"local {i + 1}"].get_array()
         np.testing.assert_allclose(picture, pixels["local"][i], atol=1e-6)
+    # The part of each view, where its pixels are, in the colour of its title.
+    sheet, *others = drawn[0].axes
+    frames = [
+        (p.get_y() + 0.5, p.get_x() + 0.5, p.get_height(), p.get_width()) for p in sheet.patches
+    ]
+    np.testing.assert_allclose(frames, boxes)
+    for frame, axes in zip(sheet.patches, others, strict=True):
+        assert to_hex(frame.get_edgecolor()) == to_hex(axes.title.get_color())
     # Tiny pictures keep their pixels.
     smooth = {28: "nearest", 75: "auto"}[size[0]]
     assert shown["image"].get_interpolation() == smooth
-    # No two pictures overlap.
-    boxes = [axes.get_position() for axes in drawn[0].axes]
-    for i, a in enumerate(boxes):
-        for b in boxes[i + 1 :]:
+    # Rows are filled: no place is left empty, and no two pictures overlap.
+    places = [axes.get_position() for axes in drawn[0].axes]
+    rows = [list(row) for _, row in itertools.groupby(places[3:], lambda place: round(place.y1, 2))]
+    assert max(map(len, rows), default=0) - min(map(len, rows), default=0) <= 1
+    for i, a in enumerate(places):
+        for b in places[i + 1 :]:
             inside_x = min(a.x1, b.x1) - max(a.x0, b.x0)
             inside_y = min(a.y1, b.y1) - max(a.y0, b.y0)
             assert min(inside_x, inside_y) <= 1e-6

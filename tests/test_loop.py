@@ -1,12 +1,15 @@
 """The loop: resuming, refusing, skipping, stopping, layouts."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import cv2
 import jax
@@ -16,10 +19,10 @@ import pytest
 from conftest import QUICK_COMPILE
 from rich.console import Console
 
-from esvit_jax import checkpoint, loop, parallel, recipe, steps
+from esvit_jax import checkpoint, loop, parallel, preflight, recipe, steps
 from esvit_jax.config import resolve
 from esvit_jax.data.augment import augment
-from esvit_jax.errors import RunError, UserError
+from esvit_jax.errors import RUN_ERROR, RunError, UserError
 from esvit_jax.runlog.writer import read_metrics
 from esvit_jax.state import create_state, init_params
 
@@ -31,16 +34,27 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r}
 
 
-def start(workdir, *overrides, devices=1):
-    """`esvit train` in a process of its own."""
-    environment = os.environ | {
+def text_of(console):
+    """What was written to a console whose file is a StringIO."""
+    return console.file.getvalue()
+
+
+def environment(*, devices):
+    """Of a process that sees so many devices."""
+    return os.environ | {
         "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.path.dirname(CONFIG),
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(CONFIG), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONUNBUFFERED": "1",
     }
+
+
+def start(workdir, *overrides, devices=1, **variables):
+    """`esvit train` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "esvit_jax", "train", f"--config={CONFIG}",
          f"--workdir={workdir}", *overrides],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(devices=devices) | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
@@ -91,17 +105,81 @@ def test_resumed_run_is_bit_equal(uninterrupted, tmp_path, kill):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_finished_run_has_nothing_left_to_train(uninterrupted, tiny_config):
+    tiny_config.total_steps = 8
+    console = Console(file=io.StringIO(), width=200)
+    result = loop.train(tiny_config, str(uninterrupted), console=console)
+    assert "it has taken all its steps; there is nothing left to train" in text_of(console)
+    assert result.step == 8 and result.checkpoint == uninterrupted / "checkpoints" / "8"
+    assert list(losses(uninterrupted)) == list(range(1, 9))
+
+
 def test_other_run_in_workdir_is_refused(uninterrupted, tiny_config):
-    config = tiny_config.copy_and_resolve_references()
-    config.total_steps = 8
-    config.optimizer.learning_rate = 1e-3
-    config.log_every_steps = 2  # free
-    with pytest.raises(UserError, match=r"holds another run.*config.optimizer.learning_rate was"):
-        loop.train(config, str(uninterrupted), console=QUIET)
-    config.optimizer.learning_rate = 5e-4
-    config.total_steps = 9
-    with pytest.raises(UserError, match=r"config.total_steps was 8 and is 9 now"):
-        loop.train(config, str(uninterrupted), console=QUIET)
+    tiny_config.total_steps = 9
+    before = (uninterrupted / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"another run: config.total_steps was 8 and is 9 now"):
+        loop.train(tiny_config, str(uninterrupted), console=QUIET)
+    assert (uninterrupted / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_compiling_ends_the_process(tmp_path, number):
+    """The compiler, which would work on for long, is not waited for."""
+    process = start(
+        tmp_path / "run", "--config.backbone.depths=(6, 6)", JAX_ENABLE_COMPILATION_CACHE="false"
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("compiling the step"):
+            break
+    sent = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - sent < 5
+    assert process.returncode == RUN_ERROR
+    assert output.splitlines()[-1] == (
+        "esvit train: stopped by a signal: nothing was trained after step 0; start it again"
+    )
+
+
+def test_what_cannot_work_leaves_nothing_behind(tiny_config, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    tiny_config.data.train_split = "nowhere"
+    with pytest.raises(UserError, match=r"config\.data.*'nowhere'"):
+        loop.train(tiny_config, workdir, console=QUIET)
+    tiny_config.data.train_split = "train"
+    tiny_config.init_from = str(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"missing is no workdir"):
+        loop.train(tiny_config, workdir, console=QUIET)
+    tiny_config.init_from = ""
+    monkeypatch.setattr(preflight, "step_bytes", lambda recipe, state, batch: 2**60)
+    with pytest.raises(UserError, match=r"config\.batch_size = 8: a step needs about"):
+        loop.train(tiny_config, workdir, console=QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_what_was_compiled_ahead_is_not_compiled_again(mode):
+    compilations = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(seconds)
+
+    def double(state, batch):
+        return jax.lax.psum(state + batch["x"].sum(), steps.AXIS)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    step = parallel.lift(double, mode, donate=True)
+    state = parallel.replicate(jnp.zeros(3), mode)
+    batch = {"x": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    log = types.SimpleNamespace(busy=lambda what: contextlib.nullcontext())
+    loop.compiled(step, state, batch, what="the step", log=log)
+    before = len(compilations)
+    assert before > 0
+    np.testing.assert_array_equal(step(state, batch), [28, 28, 28])
+    assert len(compilations) == before
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_knn_command_evaluates_a_workdir(uninterrupted, tmp_path, capsys):
@@ -114,17 +192,19 @@ def test_knn_command_evaluates_a_workdir(uninterrupted, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
 
 
-def test_training_loads_neither_tensorflow_nor_torch(tmp_path):
+def test_training_in_a_thread_loads_neither_tensorflow_nor_torch(uninterrupted, tmp_path):
+    """As a notebook may do it, with a config that is not locked."""
     code = (
-        "import sys, tiny; from esvit_jax import loop; "
-        "c = tiny.tiny_config(); c.total_steps = 1; "
-        f"loop.train(c, {str(tmp_path)!r}); "
+        "import sys, threading, tiny; from esvit_jax import loop; "
+        "c = tiny.tiny_config().unlock(); c.total_steps = 8; c.checkpoint_every_steps = 8; "
+        f"run = threading.Thread(target=loop.train, args=(c, {str(tmp_path)!r})); "
+        "run.start(); run.join(); "
         "bad = {'tensorflow', 'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=os.path.dirname(CONFIG), timeout=300,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+        [sys.executable, "-c", code], check=True, env=environment(devices=1), timeout=300
+    )
+    assert losses(tmp_path) == losses(uninterrupted)
 
 
 def test_bad_steps_are_skipped_then_stop_the_run(tiny_config, tmp_path, monkeypatch):
@@ -136,7 +216,7 @@ def test_bad_steps_are_skipped_then_stop_the_run(tiny_config, tmp_path, monkeypa
     monkeypatch.setattr(recipe, "augment", broken)
     tiny_config.max_bad_steps = 3
     tiny_config.total_steps = 50
-    with pytest.raises(RunError, match=r"3 losses in a row .*max_bad_steps.*bad_step"):
+    with pytest.raises(RunError, match=r"diverged: 3 losses in a row .*bad_step.* new workdir"):
         loop.train(tiny_config, str(tmp_path), console=QUIET)
     batch = np.load(tmp_path / "bad_step" / "batch.npz")
     assert batch["canvas"].shape == (8, 28, 28, 3)

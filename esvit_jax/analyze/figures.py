@@ -114,14 +114,19 @@ def first_rise(curve: Curve) -> tuple[int, int] | None:
 
 
 def _explain_rise(axes: "Axes", loss: Curve) -> None:
-    """Marks the rise that puzzles whoever sees the loss of such a run for the first time."""
+    """Marks the rise that puzzles whoever sees the loss of such a run for the first time.
+
+    A new teacher says much the same of every image, which a student soon learns; then the centers
+    have caught up and take just that away.
+    """
     if not (rise := first_rise(loss)):
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.17 * (high - low))
     axes.axvspan(*rise, color="0.93", zorder=0)
     axes.annotate(
-        "the teacher learns to tell images apart,\nwhich makes it harder to predict: the loss rises",
+        "the centers take away what the teacher says of all images alike;\n"
+        "how images differ is harder to predict: the loss rises before it falls",
         (rise[0], 0.985), xycoords=("data", "axes fraction"), xytext=(4, 0),
         textcoords="offset points", va="top", **SMALL,
     )  # fmt: skip

@@ -1,7 +1,10 @@
 """`esvit train`: train a backbone, or go on with an interrupted run."""
 
+import os
+import sys
+
 from esvit_jax.commands.arguments import ConfigParser, path, quiet_libraries
-from esvit_jax.errors import renamed
+from esvit_jax.errors import RUN_ERROR, renamed
 
 
 def main(argv: list[str]) -> None:
@@ -19,11 +22,18 @@ def main(argv: list[str]) -> None:
     from esvit_jax import parallel
     from esvit_jax.analyze.summary import summarize
     from esvit_jax.loop import train
+    from esvit_jax.runlog.signals import Interrupted
 
     quiet_libraries()
     if arguments.distributed:
         parallel.start_distributed()
-    with renamed(workdir="--workdir"):
-        result = train(config, arguments.workdir)
+    try:
+        with renamed(workdir="--workdir"):
+            result = train(config, arguments.workdir)
+    except Interrupted as error:  # perhaps while compiling, which an ordinary exit waits for
+        print(f"esvit train: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RUN_ERROR)
     if jax.process_index() == 0:
         summarize(config, result.workdir, Console())

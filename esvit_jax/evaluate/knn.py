@@ -49,10 +49,15 @@ def knn_accuracy(
     n × m, and the train features cross to the device once.
 
     Args:
-      train_features, test_features: float32, on the host, not normalised.
-      train_labels, test_labels: classes from 0; a test class that no train image has is legal.
+      train_features: f32[n, d] on the host, not normalised.
+      train_labels: int[n], classes from 0.
+      test_features: f32[m, d], likewise.
+      test_labels: int[m]; a class that no train image has is legal.
       ks: numbers of neighbours, each at least 1.
+      temperature: of the votes.
       num_classes: classes there are; None takes the largest label plus 1.
+      train_block: train images compared at a time.
+      test_block: test images compared at a time.
 
     Returns:
       `{"top1/10": percent, "top5/10": percent, ...}`, two entries for each k in the order of `ks`.

@@ -40,7 +40,9 @@ def export(
       workdir: a run or a converted checkpoint.
       directory: to be made.
       format: one of `FORMATS`.
-      key, image_size, step: see `load_exportable`.
+      key: "teacher" or "student"; None is the one that evaluation uses.
+      image_size: pixels along a side of its images; None is the size that the run is evaluated at.
+      step: of the checkpoint; None is the newest.
       report: called with what is being done, a line each.
 
     Returns:

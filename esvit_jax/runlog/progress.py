@@ -55,19 +55,24 @@ class NotebookLine:
     def __init__(self, total_steps: int):
         from IPython.display import display
 
-        self._total = total_steps
-        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
-        self._shown = 0.0
-        self._text = ""
+        self._total, self._id = total_steps, f"esvit_jax_{id(self)}"
+        self._latest, self._shown, self._shown_at = "", "", 0.0
+        display({"text/plain": ""}, raw=True, display_id=self._id)
 
     def show(self, step: int, text: str) -> None:
-        if text == self._text and time.monotonic() - self._shown < REDRAW:
-            return
-        self._shown, self._text = time.monotonic(), text
-        self._handle.update({"text/plain": f"step {step}/{self._total}  {text}"}, raw=True)
+        self._latest = f"step {step}/{self._total}  {text}"
+        if time.monotonic() - self._shown_at >= REDRAW:
+            self._redraw()
 
     def close(self) -> None:
-        pass
+        self._redraw()
+
+    def _redraw(self) -> None:
+        from IPython.display import update_display
+
+        if self._shown != self._latest:
+            update_display({"text/plain": self._latest}, raw=True, display_id=self._id)
+            self._shown, self._shown_at = self._latest, time.monotonic()
 
 
 class Progress:

@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Interrupted(RunError):
     """A signal ended a run before its first step.
 
-    A compiler may still be at work in a thread that nothing can end; a process that wants to end
-    now must use `os._exit`.
+    The compiler may still be at work in a thread, see `in_thread`. A process that has nothing else
+    to do ends at once with `os._exit`.
     """
 
 
@@ -68,8 +68,8 @@ def in_thread(function: Callable[[], T]) -> T:
 
     Python runs the handlers of signals in its main thread alone, and there only between two steps
     of its own: while the compiler has that thread, for minutes, Ctrl-C does nothing. Here the main
-    thread only waits. If a handler raises, the function runs on in its thread until it is done or
-    the process ends.
+    thread only waits. If a handler raises, the function runs on in its thread: nothing can stop it,
+    and an ordinary end of the process waits for it (left alone, the compiler would abort it).
     """
     outcome: Future[T] = Future()
 
@@ -79,5 +79,5 @@ def in_thread(function: Callable[[], T]) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    Thread(target=run).start()
     return outcome.result()

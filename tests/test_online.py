@@ -1,0 +1,55 @@
+"""Which evaluators a config asks for, when they are due, and that a new one is a line."""
+
+import pytest
+
+from esvit_jax.config import resolve
+from esvit_jax.data.sources import open_source
+from esvit_jax.errors import UserError
+from esvit_jax.evaluate import online
+from esvit_jax.evaluate.online import Evaluator, evaluators
+from esvit_jax.evaluate.result import Result
+
+
+class Constant:
+    """An evaluator that knows its answer."""
+
+    def due(self, step):
+        return step == 2
+
+    def __call__(self, params, step):
+        return Result("constant", {"answer": 42.0}, step=step)
+
+    def baselines(self):
+        return []
+
+
+@pytest.fixture
+def asked(tiny_config):
+    """The evaluators of a config."""
+    source = open_source("bundled/fashion_mnist_mini", "train[:50]", None)
+    numbers = resolve(tiny_config, num_images=50, num_devices=4)
+    return lambda: evaluators(tiny_config, source, numbers)
+
+
+def test_none_without_being_asked_for(asked):
+    assert asked() == []
+
+
+def test_knn_is_due_now_and_then_and_at_the_end(asked, tiny_config):
+    tiny_config.knn_every_steps = 4
+    (knn,) = asked()
+    assert isinstance(knn, Evaluator)
+    assert [step for step in range(1, 7) if knn.due(step)] == [4, 6]
+
+
+def test_knn_names_the_field_of_its_split(asked, tiny_config):
+    tiny_config.knn_every_steps = 4
+    tiny_config.data.test_split = "nowhere"
+    with pytest.raises(UserError, match=r"config\.data.*'nowhere'"):
+        asked()
+
+
+def test_a_new_evaluator_is_one_line(asked, tiny_config, monkeypatch):
+    monkeypatch.setattr(online, "MAKERS", (*online.MAKERS, lambda config, source, n: Constant()))
+    (constant,) = asked()
+    assert constant({}, 2).scalars() == {"constant/answer": 42.0}

@@ -1,0 +1,62 @@
+"""Signals that are remembered, that interrupt, and that are left alone."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from esvit_jax.runlog.signals import Interrupted, StopSignals, in_thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_a_second_interrupts(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert not signals.received
+        signal.raise_signal(number)
+        assert signals.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_a_compiler(number):
+    released, ended = threading.Event(), threading.Event()
+
+    def compile_for_long():
+        released.wait(30)
+        ended.set()
+
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+    start = time.monotonic()
+    with (
+        pytest.raises(Interrupted, match="stopped by a signal: nothing was trained"),
+        StopSignals() as signals,
+        signals.raising("nothing was trained"),
+    ):
+        in_thread(compile_for_long)
+    assert time.monotonic() - start < 10 and not ended.is_set()
+    released.set()
+    assert ended.wait(10)  # it ran on
+
+
+def test_in_thread_returns_and_raises():
+    assert in_thread(lambda: threading.current_thread()) is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 / 0)
+
+
+def test_another_thread_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def work():
+        with StopSignals() as signals, signals.raising("never"):
+            seen.append((signals.received, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

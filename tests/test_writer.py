@@ -1,0 +1,128 @@
+"""Metrics on disk, after kills too, and what TensorBoard reads."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+from esvit_jax.runlog.writer import MetricWriter, read_metrics
+
+
+def read_strict(path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def read_events(workdir):
+    """All TensorBoard events, in the order in which TensorBoard reads the files.
+
+    A record is its length (uint64), a checksum (4 bytes), an Event, another checksum.
+    """
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return events
+
+
+def test_lines_are_strict_json(tmp_path):
+    with MetricWriter(tmp_path / "new" / "dir") as writer:
+        scalars = {"loss": jnp.float32(2.5), "bad_steps": 3, "rate": np.float64(0.1)}
+        writer.write(10, scalars)
+        writer.write(20, {"loss": float("nan"), "gradient_norm": jnp.float32(jnp.inf)})
+    path = tmp_path / "new" / "dir" / "metrics.jsonl"
+    assert read_strict(path) == [
+        {"step": 10, "loss": 2.5, "bad_steps": 3, "rate": 0.1},
+        {"step": 20, "loss": None, "gradient_norm": None},
+    ]
+    assert path.read_text().startswith('{"step": 10, "loss"')
+    assert read_metrics(path) == read_strict(path)
+
+
+def test_tensorboard_events(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 2.5, "knn/top1/20": 70})
+        writer.write(20, {"loss": 2.0})
+    values = [
+        (e.step, v.tag, v.simple_value) for e in read_events(tmp_path) for v in e.summary.value
+    ]
+    assert values == [(10, "loss", 2.5), (10, "knn/top1/20", 70), (20, "loss", 2.0)]
+
+
+def test_resume_reads_as_one_run(tmp_path):
+    with MetricWriter(tmp_path / "whole") as writer:
+        for step in range(10, 70, 10):
+            writer.write(step, {"loss": 100 - step})
+            writer.write(step, {"knn/top1/20": step})
+    with MetricWriter(tmp_path / "killed") as writer:
+        for step in range(10, 50, 10):  # the checkpoint of step 30 is the last one
+            writer.write(step, {"loss": 100 - step})
+            writer.write(step, {"knn/top1/20": step})
+    with MetricWriter(tmp_path / "killed", resume_step=30) as writer:
+        for step in range(40, 70, 10):
+            writer.write(step, {"loss": 100 - step})
+            writer.write(step, {"knn/top1/20": step})
+    whole, killed = (
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")
+    )
+    assert killed == whole
+    # TensorBoard hides events from the step of a START (1) on.
+    starts = [e.step for e in read_events(tmp_path / "killed") if e.session_log.status == 1]
+    assert starts == [0, 31]
+    assert len(list((tmp_path / "killed" / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 30, "lo', b'{"step": 30}', b"\x00\x00\x00\n"])
+def test_torn_line_is_dropped(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 10, "loss": 1}\n{"step": 20, "loss": 2}\n'
+    path.write_bytes(whole + torn)
+    assert [line["step"] for line in read_metrics(path)] == [10, 20]
+    with MetricWriter(tmp_path, resume_step=30) as writer:
+        assert path.read_bytes() == whole
+        writer.write(40, {"loss": 4})
+    assert [line["step"] for line in read_strict(path)] == [10, 20, 40]
+
+
+def test_a_run_from_the_beginning_starts_empty(tmp_path):
+    for loss in (1, 2):
+        with MetricWriter(tmp_path) as writer:
+            writer.write(0, {"loss": loss})
+    assert read_strict(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 2}]
+
+
+def test_resume_without_a_file(tmp_path):
+    with MetricWriter(tmp_path, resume_step=5) as writer:
+        writer.write(6, {"loss": 1})
+    assert read_strict(tmp_path / "metrics.jsonl") == [{"step": 6, "loss": 1}]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with MetricWriter(tmp_path, enabled=False) as writer:
+        writer.write(1, {"loss": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+    code = (
+        "import os, signal, sys; from esvit_jax.runlog.writer import MetricWriter\n"
+        "writer = MetricWriter(sys.argv[1])\n"
+        "for step in range(5): writer.write(step, {'loss': step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [line["loss"] for line in read_strict(tmp_path / "metrics.jsonl")] == list(range(5))
