@@ -16,7 +16,7 @@ from rich.console import Console
 from esvit_jax import checkpoint, parallel, preflight
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
-from esvit_jax.data.sources import Source, TFRecordSource, open_source
+from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import RunError, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
@@ -29,6 +29,11 @@ from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
 
 Batch = dict[str, np.ndarray]
+# What the loader calls these fields.
+LOADER_FIELDS = {
+    "batch_size": "config.batch_size",
+    "max_bad_records": "config.data.max_bad_records",
+}
 
 
 class TrainResult(NamedTuple):
@@ -80,7 +85,10 @@ def train(
     start = done = checkpoints.latest_step() or 0
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
-    with closing(checkpoints), closing(batches), run.log(console) as log, StopSignals() as signals:
+    with (
+        closing(checkpoints), closing(batches), run.log(console) as log, StopSignals() as signals,
+        renamed(**LOADER_FIELDS),
+    ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
         with signals.raising(f"nothing was trained after step {start}; start it again"):
             state = first_state(run, log)
@@ -126,7 +134,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     workdir: Path
-    source: Source | TFRecordSource
+    source: Source
     numbers: RunNumbers
     recipe: Recipe
     evaluators: list[Evaluator]

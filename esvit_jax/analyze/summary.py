@@ -13,6 +13,7 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import augment, sample_parameters
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
+from esvit_jax.errors import renamed
 from esvit_jax.evaluate.result import (
     RAW_PIXELS,
     Result,
@@ -75,7 +76,12 @@ def _table(results: Sequence[Result]) -> Table:
 
 def draw_views(config: ConfigDict, path: Path) -> None:
     """Draws the views of the first training image that can be read."""
-    source = open_source(config.data.name, config.data.train_split, config.data.data_dir or None)
+    with renamed(
+        name="config.data.name", split="config.data.train_split", data_dir="config.data.data_dir"
+    ):
+        source = open_source(
+            config.data.name, config.data.train_split, config.data.data_dir or None
+        )
     batches = eval_batches(source, batch_size=1, canvas_size=config.data.canvas_size, num_threads=1)
     batch = next(batch for batch in batches if batch["mask"][0])
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from esvit_jax.checkpoint import LoadedModel, load_model
 from esvit_jax.config import flatten
-from esvit_jax.data.sources import Source, TFRecordSource, open_source
+from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
 from esvit_jax.evaluate.parts import WRITERS, Parts
@@ -46,7 +46,7 @@ class Embedding(NamedTuple):
 @overload
 def embed(
     network: LoadedModel | str | os.PathLike,
-    data: Source | TFRecordSource | str | None = None,
+    data: Source | str | None = None,
     out: None = None,
     *,
     split: str | None = None,
@@ -61,7 +61,7 @@ def embed(
 @overload
 def embed(
     network: LoadedModel | str | os.PathLike,
-    data: Source | TFRecordSource | str | None = None,
+    data: Source | str | None = None,
     *,
     out: str | os.PathLike,
     split: str | None = None,
@@ -76,7 +76,7 @@ def embed(
 @overload
 def embed(
     network: LoadedModel | str | os.PathLike,
-    data: Source | TFRecordSource | str | None,
+    data: Source | str | None,
     out: str | os.PathLike,
     *,
     split: str | None = None,
@@ -90,7 +90,7 @@ def embed(
 
 def embed(
     network: LoadedModel | str | os.PathLike,
-    data: Source | TFRecordSource | str | None = None,
+    data: Source | str | None = None,
     out: str | os.PathLike | None = None,
     *,
     split: str | None = None,
@@ -154,11 +154,11 @@ def embed(
 
 def _open(
     loaded: LoadedModel,
-    data: Source | TFRecordSource | str | None,
+    data: Source | str | None,
     split: str | None,
     data_dir: str | None,
-) -> Source | TFRecordSource:
-    if isinstance(data, Source | TFRecordSource):
+) -> Source:
+    if isinstance(data, Source):
         return data
     config = loaded.config.data
     wanted = split or ("train" if data else config.train_split)
@@ -171,7 +171,7 @@ class _Work:
     def __init__(
         self,
         loaded: LoadedModel,
-        source: Source | TFRecordSource,
+        source: Source,
         regions: bool,
         batch_size: int | None,
     ):

@@ -12,7 +12,7 @@ from esvit_jax import parallel, steps
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import center_view
 from esvit_jax.data.loader import eval_batches
-from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.data.sources import Source
 from esvit_jax.models import Backbone
 
 
@@ -72,7 +72,7 @@ class FeatureExtractor:
         self,
         extract: Callable[[Any, dict], Any],
         config: ConfigDict,
-        sources: Sequence[Source | TFRecordSource] = (),
+        sources: Sequence[Source] = (),
     ):
         self._config = config
         self.batch_size = fitting_batch_size(
@@ -83,7 +83,7 @@ class FeatureExtractor:
         self._progress = "features"
 
     def batches(
-        self, params: Any, source: Source | TFRecordSource, first_batch: int = 0
+        self, params: Any, source: Source, first_batch: int = 0
     ) -> Iterator[dict[str, Any]]:
         """{"features", "label", "id"} of the images of a batch, in order, without padding.
 
@@ -120,7 +120,7 @@ class FeatureExtractor:
         """How far it is, on one line, for `runlog.alive.signs_of_life`."""
         return self._progress
 
-    def arrays(self, params: Any, source: Source | TFRecordSource) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, params: Any, source: Source) -> tuple[np.ndarray, np.ndarray]:
         """Features f32[n, d] and labels int32[n] (-1 for none) of all images, in memory.
 
         n is the number of images that could be read, which may be less than `len(source)`.

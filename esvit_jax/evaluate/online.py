@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from esvit_jax.config import ConfigDict, RunNumbers
-from esvit_jax.data.sources import Source, TFRecordSource
+from esvit_jax.data.sources import Source
 from esvit_jax.evaluate.online_knn import KnnEvaluator
 from esvit_jax.evaluate.result import Result
 
@@ -36,13 +36,11 @@ class Evaluator(Protocol):
 
 
 # (config, train split, numbers of the run) -> an evaluator; None where the config asks for none.
-Maker = Callable[[ConfigDict, Source | TFRecordSource, RunNumbers], Evaluator | None]
+Maker = Callable[[ConfigDict, Source, RunNumbers], Evaluator | None]
 MAKERS: tuple[Maker, ...] = (KnnEvaluator.of_config,)
 
 
-def evaluators(
-    config: ConfigDict, train_source: Source | TFRecordSource, numbers: RunNumbers
-) -> list[Evaluator]:
+def evaluators(config: ConfigDict, train_source: Source, numbers: RunNumbers) -> list[Evaluator]:
     """The evaluations that a config asks for; opens their data, and computes nothing.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from esvit_jax.config import ConfigDict, RunNumbers
-from esvit_jax.data.sources import Source, TFRecordSource, open_source
+from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
 from esvit_jax.evaluate.knn import knn_accuracy
@@ -18,9 +18,7 @@ class KnnEvaluator:
     It is due every `config.knn_every_steps` and after the last step.
     """
 
-    def __init__(
-        self, config: ConfigDict, train_source: Source | TFRecordSource, numbers: RunNumbers
-    ):
+    def __init__(self, config: ConfigDict, train_source: Source, numbers: RunNumbers):
         self._config, self._total_steps = config, numbers.total_steps
         with renamed(
             name="config.data.name", split="config.data.test_split",
@@ -41,7 +39,7 @@ class KnnEvaluator:
 
     @classmethod
     def of_config(
-        cls, config: ConfigDict, train_source: Source | TFRecordSource, numbers: RunNumbers
+        cls, config: ConfigDict, train_source: Source, numbers: RunNumbers
     ) -> "KnnEvaluator | None":
         """The evaluator that `config.knn_every_steps` asks for, if it does."""
         return cls(config, train_source, numbers) if config.knn_every_steps else None
