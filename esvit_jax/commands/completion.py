@@ -3,6 +3,7 @@
 The script that it prints holds all the words, so that the TAB key starts no Python.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -58,10 +59,10 @@ SHELLS = {
 
 def main(argv: list[str]) -> None:
     """`esvit completion`."""
-    how = "; ".join(SHELLS.values())
+    how = "\n".join(f"  {line}" for line in SHELLS.values())
     parser = Parser(
         "completion", "Prints a script that completes commands, flags and config fields.",
-        epilog=f"To use it: {how}.",
+        epilog=f"To use it:\n{how}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("shell", choices=tuple(SHELLS), help="that is to run the script")
     shell = parser.parse_args(argv).shell

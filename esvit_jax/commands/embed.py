@@ -30,12 +30,7 @@ def main(argv: list[str]) -> None:
     from esvit_jax.evaluate.embed import embed
 
     quiet_libraries()
-    flags = {
-        "out": "--out", "batch_size": "--batch_size", "step": "--step",
-        "name": "--data" if arguments.data else "config.data.name",
-        "split": "--split" if arguments.split or arguments.data else "config.data.train_split",
-        "data_dir": "--data_dir" if arguments.data_dir else "config.data.data_dir",
-    }  # fmt: skip
+    flags = {name: f"--{name}" for name in ("data", "data_dir", "split", "out", "batch_size")}
     try:
         with renamed(**flags):
             about = embed(

@@ -18,7 +18,7 @@ from rich.console import Console
 from esvit_jax.checkpoint import LoadedModel, load_model
 from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source, open_source
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
 from esvit_jax.evaluate.parts import WRITERS, Parts
 from esvit_jax.runlog.alive import signs_of_life
@@ -162,7 +162,13 @@ def _open(
         return data
     config = loaded.config.data
     wanted = split or ("train" if data else config.train_split)
-    return open_source(data or config.name, wanted, data_dir or config.data_dir or None)
+    names = {
+        "name": "data" if data else "config.data.name",
+        "split": "split" if split or data else "config.data.train_split",
+        "data_dir": "data_dir" if data_dir else "config.data.data_dir",
+    }
+    with renamed(**names):
+        return open_source(data or config.name, wanted, data_dir or config.data_dir or None)
 
 
 class _Work:
