@@ -185,7 +185,8 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
     recipe = build(config, numbers)
     if config.init_from and not checkpoint.has_checkpoint(path):
         shapes = jax.eval_shape(functools.partial(init_params, recipe.model), jax.random.key(0))
-        init_from(shapes, config.init_from, config.init_parts)
+        with renamed(init_from="config.init_from", init_parts="config.init_parts"):
+            init_from(shapes, config.init_from, config.init_parts)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

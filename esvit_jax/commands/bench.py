@@ -17,7 +17,8 @@ from esvit_jax.bench.inputs import InputSpeed, bench_input
 from esvit_jax.bench.losses import LossCosts, bench_losses
 from esvit_jax.bench.step import StepSpeed, bench_split, bench_step, workload
 from esvit_jax.bench.timing import Timing
-from esvit_jax.config import ConfigDict, parse_config
+from esvit_jax.commands.arguments import ConfigParser, add_json, path
+from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.planning.plan import IMAGENET_IMAGES
 
@@ -28,10 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "opencv-python-hea
 def main(argv: list[str]) -> None:
     """`esvit bench`."""
     parser = argument_parser()
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(argv)
-    config, rest = parse_config(argv)
-    arguments = parser.parse_args(rest)
+    config, arguments = parser.parse(argv)
     parts = [part for part in arguments.parts.split(",") if part]
     check_arguments(arguments, parts)
     console = Console(stderr=arguments.json)
@@ -45,12 +43,10 @@ def main(argv: list[str]) -> None:
         console.print(table)
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser() -> ConfigParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="esvit bench",
-        description="Times the training step of a config on this machine, with random data.",
-        epilog="--config=FILE[:arguments] and --config.field=value describe the run.",
+    parser = ConfigParser(
+        "bench", "Times the training step of a config on this machine, with random data."
     )
     parser.add_argument(
         "--parts", default="step,split",
@@ -61,11 +57,11 @@ def argument_parser() -> argparse.ArgumentParser:
         "--peer", choices=["torch", "torch-compiled"],
         help="also time the step in PyTorch with Hugging Face's SwinModel (extra torch)",
     )  # fmt: skip
-    parser.add_argument("--photos", help="folder of photos, for --parts=input")
+    parser.add_argument("--photos", type=path, help="folder of photos, for --parts=input")
     parser.add_argument(
         "--loss_batches", default="8,32", help="images, for --parts=losses: one row each"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    add_json(parser)
     return parser
 
 

@@ -1,13 +1,13 @@
 """`esvit config`: print a config, and the numbers of its run."""
 
-import argparse
 import dataclasses
 import json
 
 from rich.console import Console
 from rich.text import Text
 
-from esvit_jax.config import ConfigDict, RunNumbers, check, flatten, parse_config, resolve
+from esvit_jax.commands.arguments import ConfigParser, add_json, positive
+from esvit_jax.config import ConfigDict, RunNumbers, check, flatten, resolve
 from esvit_jax.config.show import rows
 from esvit_jax.errors import UserError, renamed
 
@@ -24,24 +24,17 @@ NUMBERS = {
 
 def main(argv: list[str]) -> None:
     """`esvit config`."""
-    parser = argparse.ArgumentParser(
-        prog="esvit config",
-        description="Prints a config, what of it is not the default, and the numbers of its run.",
-        epilog="--config=FILE[:arguments] and --config.field=value describe the run.",
+    parser = ConfigParser(
+        "config", "Prints a config, what of it is not the default, and the numbers of its run."
     )
     parser.add_argument(
-        "--num_images", type=int, help="to train on (default: those of the data set, if it is here)"
+        "--num_images",
+        type=positive,
+        help="to train on (default: those of the data set, if it is here)",
     )
-    parser.add_argument("--num_devices", type=int, default=1, help="over all processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    if "-h" in argv or "--help" in argv:
-        parser.parse_args(argv)
-    config, rest = parse_config(argv)
-    arguments = parser.parse_args(rest)
-    for flag in ("num_images", "num_devices"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError("it must be at least 1", argument=f"--{flag}", value=value)
+    parser.add_argument("--num_devices", type=positive, default=1, help="over all processes")
+    add_json(parser)
+    config, arguments = parser.parse(argv)
     check(config)
     numbers, reason = None, ""
     try:

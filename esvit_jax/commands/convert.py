@@ -1,29 +1,34 @@
 """`esvit convert`: turn a published checkpoint into one of ours."""
 
-import argparse
 import sys
 
+from esvit_jax.commands.arguments import Parser, path, positive, quiet_libraries
 from esvit_jax.errors import renamed
-from esvit_jax.interop import convert as convert_module
-from esvit_jax.interop.convert import convert
 
 
 def main(argv: list[str]) -> None:
     """`esvit convert`."""
-    parser = argparse.ArgumentParser(prog="esvit convert", description=convert_module.__doc__)
+    parser = Parser("convert", "Turns a published checkpoint into one of ours.")
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="FILE", help=".pth or .safetensors"
+        "--from", dest="source", required=True, type=path, metavar="FILE",
+        help=".pth or .safetensors",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", required=True, type=path, metavar="DIR", help="the directory to make"
     )
-    parser.add_argument("--to", required=True, metavar="DIR", help="the directory to make")
     parser.add_argument(
         "--key", choices=("teacher", "student"), default="teacher",
         help="which network evaluation, exports and config.init_from use (default: teacher)",
     )  # fmt: skip
-    parser.add_argument("--window", type=int, help="resize the bias tables to this window")
+    parser.add_argument("--window", type=positive, help="resize the bias tables to this window")
     parser.add_argument(
-        "--image_size", type=int, help="pixels it was trained with, where shapes do not tell"
+        "--image_size", type=positive, help="pixels it was trained with, where shapes do not tell"
     )
     arguments = parser.parse_args(argv)
+
+    from esvit_jax.interop.convert import convert
+
+    quiet_libraries()
     flags = {
         "source": "--from", "directory": "--to", "key": "--key", "window_size": "--window",
         "image_size": "--image_size",

@@ -1,28 +1,37 @@
 """`esvit export`: write a backbone for other libraries."""
 
-import argparse
 import sys
 
+from esvit_jax.commands.arguments import (
+    Parser,
+    add_key,
+    add_network,
+    path,
+    positive,
+    quiet_libraries,
+)
 from esvit_jax.errors import renamed
-from esvit_jax.interop import export as export_module
-from esvit_jax.interop.export import export
-from esvit_jax.interop.formats import FORMATS
 
 
 def main(argv: list[str]) -> None:
     """`esvit export`."""
-    parser = argparse.ArgumentParser(prog="esvit export", description=export_module.__doc__)
-    parser.add_argument("--workdir", required=True, help="a run or a converted checkpoint")
-    parser.add_argument("--to", required=True, metavar="DIR", help="the folder to make")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what reads it")
+    parser = Parser("export", "Writes a backbone for other libraries.")
+    add_network(parser)
+    add_key(parser)
+    parser.add_argument("--to", required=True, type=path, metavar="DIR", help="the folder to make")
+    # Not as choices, which would have to be imported: `export` names them where there is no such.
     parser.add_argument(
-        "--key", choices=("teacher", "student"), help="whose weights (default: as in evaluation)"
+        "--format", required=True, help="what reads it: huggingface, timm, esvit or stablehlo"
     )
     parser.add_argument(
-        "--image_size", type=int, help="pixels along a side of its images (default: as evaluated)"
-    )
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+        "--image_size", type=positive,
+        help="pixels along a side of its images (default: as evaluated)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
+
+    from esvit_jax.interop.export import export
+
+    quiet_libraries()
     flags = {
         "workdir": "--workdir", "directory": "--to", "format": "--format", "key": "--key",
         "image_size": "--image_size", "step": "--step",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from esvit_jax.checkpoint import LoadedModel
-    from esvit_jax.data.sources import Source, TFRecordSource
+    from esvit_jax.data.sources import Source
 
 
 def main(argv: list[str]) -> None:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     say(console, loaded, report, out)
 
 
-def open_sources(arguments: Any, loaded: "LoadedModel") -> list["Source | TFRecordSource"]:
+def open_sources(arguments: Any, loaded: "LoadedModel") -> list["Source"]:
     """The training and the test split.
 
     Raises:
@@ -123,7 +123,7 @@ def open_sources(arguments: Any, loaded: "LoadedModel") -> list["Source | TFReco
 def evaluate(
     loaded: "LoadedModel",
     key: str | None,
-    sources: list["Source | TFRecordSource"],
+    sources: list["Source"],
     console: "Console",
 ) -> tuple[dict[str, float], list[int]]:
     """The accuracies, and how many images of each source could be read."""
@@ -131,7 +131,7 @@ def evaluate(
     from esvit_jax.evaluate.knn import check_split, knn_accuracy
     from esvit_jax.runlog.alive import signs_of_life
 
-    params = network(loaded, key)["backbone"]
+    params = loaded.network(key)["backbone"]
     extract = view_features(loaded.model.backbone, loaded.config)
     extractor = FeatureExtractor(extract, loaded.config, sources)
     found = []
@@ -154,11 +154,6 @@ def evaluate(
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return values, images
-
-
-def network(loaded: "LoadedModel", key: str | None) -> Any:
-    """Params of one of the two networks; None is the one to evaluate."""
-    return {"teacher": loaded.teacher, "student": loaded.student, None: loaded.params}[key]
 
 
 def say(console: "Console", loaded: "LoadedModel", report: dict[str, Any], out: str | None) -> None:

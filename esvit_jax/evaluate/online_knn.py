@@ -7,7 +7,7 @@ from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
-from esvit_jax.evaluate.knn import knn_accuracy
+from esvit_jax.evaluate.knn import check_split, knn_accuracy
 from esvit_jax.evaluate.result import RAW_PIXELS, TEACHER, Result
 from esvit_jax.models import create_model
 
@@ -58,8 +58,14 @@ class KnnEvaluator:
     def _result(
         self, extractor: FeatureExtractor, params: Any, subject: str, step: int | None
     ) -> Result:
-        train, test = (extractor.arrays(params, source) for source in self._sources)
-        values = knn_accuracy(
-            *train, *test, ks=self._config.evaluate.k, num_classes=self._sources[0].num_classes
-        )
+        found = []
+        for source in self._sources:
+            features, labels = extractor.arrays(params, source)
+            check_split(source, features, labels)
+            found.append((features, labels))
+        train, test = found
+        with renamed(ks="config.evaluate.k"):
+            values = knn_accuracy(
+                *train, *test, ks=self._config.evaluate.k, num_classes=self._sources[0].num_classes
+            )
         return Result("knn", values, subject, step)
