@@ -60,8 +60,8 @@ def esvit_loss(
 
     Returns:
       The scalar loss, and scalars to watch by name. `view_loss`, `region_loss` and
-      `teacher_student_kl` are in nats; of the view head, `teacher_entropy` and `student_entropy` are
-      a share of ln K, 0 to 1.
+      `teacher_student_kl` are in nats; `teacher_entropy` and `student_entropy`, of the view head,
+      are a share of ln K, 0 to 1.
     """
 
     def both_sides(head: str) -> tuple[HeadOutput, Array, list[Array], Array, Array]:
