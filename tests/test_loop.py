@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import cv2
 import jax
@@ -23,6 +22,7 @@ from esvit_jax import checkpoint, loop, parallel, preflight, recipe, steps
 from esvit_jax.config import resolve
 from esvit_jax.data.augment import augment
 from esvit_jax.errors import RUN_ERROR, RunError, UserError
+from esvit_jax.runlog.log import RunLog
 from esvit_jax.runlog.writer import read_metrics
 from esvit_jax.state import create_state, init_params
 
@@ -158,6 +158,16 @@ def test_what_cannot_work_leaves_nothing_behind(tiny_config, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+class SilentLog(RunLog):
+    """Of no run."""
+
+    def __init__(self):
+        pass
+
+    def busy(self, what):
+        return contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_what_was_compiled_ahead_is_not_compiled_again(mode):
     compilations = []
@@ -173,8 +183,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(mode):
     step = parallel.lift(double, mode, donate=True)
     state = parallel.replicate(jnp.zeros(3), mode)
     batch = {"x": np.arange(8, dtype=np.float32).reshape(4, 2)}
-    log = types.SimpleNamespace(busy=lambda what: contextlib.nullcontext())
-    loop.compiled(step, state, batch, what="the step", log=log)
+    loop.compiled(step, state, batch, what="the step", log=SilentLog())
     before = len(compilations)
     assert before > 0
     np.testing.assert_array_equal(step(state, batch), [28, 28, 28])

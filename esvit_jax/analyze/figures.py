@@ -108,7 +108,7 @@ def first_rise(curve: Curve) -> tuple[int, int] | None:
     rise = (smooth - lowest).max()
     top = int(np.argmax(smooth - lowest >= 0.95 * rise))
     bottom = int(np.argmin(smooth[: top + 1]))
-    if rise < CLEAR_RISE * np.ptp(smooth) or bottom > len(values) // 2:
+    if not rise or rise < CLEAR_RISE * np.ptp(smooth) or bottom > len(values) // 2:
         return None
     return int(steps[bottom]), int(steps[top])
 
