@@ -88,7 +88,7 @@ def test_resumed_run_is_bit_equal(uninterrupted, tmp_path, kill):
         assert stopped_at in (3, 6)
     else:
         assert process.returncode == 0 and "stopped by a signal" in output
-        assert stopped_at >= 4
+        assert stopped_at is not None and stopped_at >= 4
 
     process = start(tmp_path, "--config.total_steps=8")
     output, _ = process.communicate(timeout=300)
@@ -172,9 +172,9 @@ class SilentLog(RunLog):
 def test_what_was_compiled_ahead_is_not_compiled_again(mode):
     compilations = []
 
-    def listen(event, seconds, **_):
+    def listen(event, duration_secs, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(seconds)
+            compilations.append(duration_secs)
 
     def double(state, batch):
         return jax.lax.psum(state + batch["x"].sum(), steps.AXIS)
@@ -260,7 +260,7 @@ def run_steps(config, *, devices, mode, count=3):
     state = parallel.replicate(create_state(built.model, built.optimizer, params), mode)
     lifted = parallel.lift(built.step, mode, devices=jax.devices()[:devices])
     r = np.random.default_rng(1)
-    seen = []
+    seen, features = [], None
     for _ in range(count):
         batch = {
             "canvas": r.integers(0, 256, (8, 28, 28, 3), np.uint8),

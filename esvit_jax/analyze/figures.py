@@ -67,7 +67,8 @@ def loss_figure(metrics_path: str | Path, out_path: str | Path) -> None:
         height_ratios=[3] + [2] * len(evaluations),
     )[:, 0]  # fmt: skip
     for name, (label, color, width) in LOSSES.items():
-        if curve := losses[name].steps and losses[name]:
+        curve = losses[name]
+        if curve.steps:
             marker = "." if len(curve.steps) < 30 else None  # a lone point makes no line
             panels[0].plot(*curve, color=color, linewidth=width, marker=marker, label=label)
     _explain_rise(panels[0], losses["loss"])
