@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -97,7 +98,7 @@ def test_an_old_workdir_loads(old_workdir):
     different = jax.tree.map(lambda s, t: bool(np.any(s != t)), loaded.student, loaded.teacher)
     assert any(jax.tree.leaves(different))
     backbone, variables, _ = esvit_jax.load(old_workdir)
-    out = backbone.apply(variables, np.ones((2, 16, 16, 3), np.float32))
+    out = backbone.apply(variables, jnp.ones((2, 16, 16, 3)))
     assert out.view_features.shape == (2, 16) and np.isfinite(out.view_features).all()
 
 
