@@ -13,9 +13,9 @@ from esvit_jax.recipe import Recipe
 from esvit_jax.state import TrainState, create_state, init_params
 
 GIB = 2**30
-# An estimate knows nothing of what a compiler saves by its own devices: only far above the memory
-# is it sure that a step does not fit, and from somewhat below that it may not.
-REFUSED, DOUBTFUL = 1.25, 0.9
+# The estimate is right within a tenth: above that share of the memory a step does not fit, and from
+# this one up it may not.
+REFUSED, DOUBTFUL = 1.1, 0.9
 
 
 class Size(NamedTuple):
@@ -39,8 +39,8 @@ def measure_size(config: ConfigDict, numbers: RunNumbers, recipe: Recipe) -> Siz
         lambda key: create_state(recipe.model, recipe.optimizer, init_params(recipe.model, key)),
         jax.random.key(0),
     )
-    shapes = batch_shapes(config, 1, numbers.images_per_device)
-    batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in shapes.items()}
+    of_devices = batch_shapes(config, 1, numbers.images_per_device)
+    batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in of_devices.items()}
     return Size(
         backbone_parameters=count(state.params["backbone"]),
         parameters=count(state.params),
@@ -70,11 +70,10 @@ def check_memory(config: ConfigDict, size: Size) -> None:
     """
     if size.memory is None or size.step_bytes <= REFUSED * size.memory:
         return
-    advice = [
-        "raise config.accum_steps (the same update in smaller parts)",
-        *(["set config.remat=block"] if config.remat != "block" else []),
-        "lower config.batch_size",
-    ]
+    advice = ["raise config.accum_steps (the same update in smaller parts)"]
+    if config.remat != "block" and jax.default_backend() != "cpu":  # XLA's CPU compiler undoes it
+        advice.append("set config.remat=block")
+    advice.append("lower config.batch_size")
     raise UserError(
         f"config.batch_size = {config.batch_size}: a step needs about "
         f"{size.step_bytes / GIB:.1f} GiB a device, which has {size.memory / GIB:.1f}; "

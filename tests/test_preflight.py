@@ -44,13 +44,18 @@ def test_a_step_far_above_the_memory_is_refused(tiny_config):
         check_memory(tiny_config, SIZE._replace(step_bytes=35 * GIB))
     assert str(error.value) == (
         "config.batch_size = 8: a step needs about 35.0 GiB a device, which has 24.0; raise "
-        "config.accum_steps (the same update in smaller parts), or set config.remat=block, or "
-        "lower config.batch_size"
+        "config.accum_steps (the same update in smaller parts), or lower config.batch_size"
     )
 
 
 def test_sizes_are_those_of_the_network(tiny_config, monkeypatch):
-    monkeypatch.setattr(preflight, "step_bytes", lambda recipe, state, batch: 12345)
+    shapes = {}
+
+    def step_bytes(recipe, state, batch):
+        shapes.update({name: x.shape for name, x in batch.items()})
+        return 12345
+
+    monkeypatch.setattr(preflight, "step_bytes", step_bytes)
     numbers = resolve(tiny_config, num_images=6000, num_devices=4)
     recipe = build(tiny_config, numbers)
     size = measure_size(tiny_config, numbers, recipe)
@@ -58,4 +63,5 @@ def test_sizes_are_those_of_the_network(tiny_config, monkeypatch):
     assert size.parameters == sum(x.size for x in jax.tree.leaves(params)) == count(params)
     assert size.backbone_parameters == count(params["backbone"]) < size.parameters
     assert size.step_bytes == 12345
+    assert shapes == {"canvas": (2, 28, 28, 3), "size": (2, 2)}  # of one of four devices
     assert size.memory is not None and size.memory > 2**26

@@ -67,7 +67,8 @@ def loss_figure(metrics_path: str | Path, out_path: str | Path) -> None:
         height_ratios=[3] + [2] * len(evaluations),
     )[:, 0]  # fmt: skip
     for name, (label, color, width) in LOSSES.items():
-        if curve := losses[name].steps and losses[name]:
+        curve = losses[name]
+        if curve.steps:
             marker = "." if len(curve.steps) < 30 else None  # a lone point makes no line
             panels[0].plot(*curve, color=color, linewidth=width, marker=marker, label=label)
     _explain_rise(panels[0], losses["loss"])
@@ -108,7 +109,7 @@ def first_rise(curve: Curve) -> tuple[int, int] | None:
     rise = (smooth - lowest).max()
     top = int(np.argmax(smooth - lowest >= 0.95 * rise))
     bottom = int(np.argmin(smooth[: top + 1]))
-    if rise < CLEAR_RISE * np.ptp(smooth) or bottom > len(values) // 2:
+    if not rise or rise < CLEAR_RISE * np.ptp(smooth) or bottom > len(values) // 2:
         return None
     return int(steps[bottom]), int(steps[top])
 
