@@ -23,14 +23,14 @@ PARTS = (
     (r"/mlp(/|$)", "MLPs"),
     (r"/blocks_\d+(/|$)", "norms of blocks"),
     (r"/downsample(/|$)", "patch merging"),
-    (r"prototypes|last_layer|esvit_loss|losses", "prototypes"),
+    (r"prototypes|last_layer|losses|kd->", "prototypes"),
     (
         r"patch_embed|/backbone/(norm|[^/]*$)|_head(/|$)|views|vmap\(|threefry",
         "patch embedding, views, heads",
     ),
     (r"jvp\(", "prototypes"),  # of what has gradients only the losses have no module
     # What has no module is of the optimiser and the teacher, or of the compiler's making.
-    (r"optimizer|^(jit\(\w+\)/)*[^/()]*$", "optimiser, teacher, copies, prefetches"),
+    (r"optimizer|^((jit\(\w+\)|shard_map)/)*[^/()]*$", "optimiser, teacher, copies, prefetches"),
 )
 NAMES = (*ATTENTION.values(), *dict.fromkeys(name for _, name in PARTS), OTHER)
 
@@ -74,7 +74,8 @@ def part_of(origin: str) -> str:
     if re.search(r"/attn(/|$)", origin):
         student = "backward" if "transpose(" in origin else "forward"
         return ATTENTION[student if "jvp(" in origin else "teacher"]
-    return next((name for pattern, name in PARTS if re.search(pattern, origin)), OTHER)
+    first = origin.partition(";")[0]  # of several that were made one
+    return next((name for pattern, name in PARTS if re.search(pattern, first)), OTHER)
 
 
 def origin_of(cost: Cost, module: Module) -> str:

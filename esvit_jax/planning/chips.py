@@ -47,7 +47,9 @@ class Chip:
 # Sources. v2: Jouppi et al., "A domain-specific supercomputer for training deep neural networks",
 # CACM 63(7), 2020. The others: the pages "TPU v3", "TPU v4", "TPU v5p", "TPU v5e", "TPU v6e" and
 # "TPU7x (Ironwood)" of Google Cloud's documentation. A memory of "16 GB" there is 16 GiB, as the
-# compiler's limits show.
+# compiler's limits show. Of v6e and v7x each matrix unit counts twice: the compiler expects 3.0
+# million cycles of a product of 8192³ on a v6e, which two grids of 256² that do one product each a
+# cycle could not reach (4.2 million).
 CHIPS = {
     "v2": Chip(16 * GIB, 700e9, 46e12, "v2", "v2-{}", 2, 248e9, cores_in_type=2),
     "v3": Chip(32 * GIB, 900e9, 123e12, "v3", "v3-{}", 4, 328e9, cores_in_type=2),
@@ -58,9 +60,9 @@ CHIPS = {
     "v5p": Chip(
         95 * GIB, 2765e9, 459e12, "v5p", "v5p-{}", 8, 600e9, cores_in_type=2, config_name="megacore"
     ),
-    "v6e": Chip(32 * GIB, 1638e9, 918e12, "v6e", "v6e-{}", 2, 448e9, matrix_unit_side=256),
+    "v6e": Chip(32 * GIB, 1638e9, 918e12, "v6e", "v6e-{}", 4, 448e9, matrix_unit_side=256),
     "v7x": Chip(
-        192 * GIB, 7380e9, 2307e12, "tpu7x", "tpu7x-{}", 4, 600e9, matrix_unit_side=256,
+        192 * GIB, 7380e9, 2307e12, "tpu7x", "tpu7x-{}", 8, 600e9, matrix_unit_side=256,
         cores_in_type=2,
     ),
 }  # fmt: skip

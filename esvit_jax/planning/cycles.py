@@ -7,7 +7,7 @@ that run beside the rest (prefetches) cost no cycles.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from esvit_jax.planning.chips import Chip
@@ -19,9 +19,10 @@ KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
 # How often a byte of the result of a collective crosses a chip's links, on many chips.
 CROSSINGS = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1, "collective-permute": 1}
 
-# {kernel: cycles of one call}, to be filled in from the schedules of our own kernels: bundles of
-# the body times programs.
-KERNEL_CYCLES: dict[str, int] = {}
+# {name of a kernel: cycles of one call of it}, from the schedules of our own kernels: bundles of
+# the body times programs. The instruction has the shapes of the call.
+KernelCycles = Mapping[str, Callable[[Instruction], int]]
+KERNEL_CYCLES: KernelCycles = {}
 
 
 class Cost(NamedTuple):
@@ -41,7 +42,7 @@ class Cost(NamedTuple):
 
 
 def costs(
-    module: Module, chip: Chip, chips: int, kernel_cycles: Mapping[str, int] = KERNEL_CYCLES
+    module: Module, chip: Chip, chips: int, kernel_cycles: KernelCycles = KERNEL_CYCLES
 ) -> Iterator[Cost]:
     """All that one run of an optimised module executes on a device.
 
@@ -49,7 +50,7 @@ def costs(
       module: compiled for the chip.
       chip: that runs it.
       chips: that take part in collectives.
-      kernel_cycles: {name of a kernel: cycles of one call}; see `kernel_name`.
+      kernel_cycles: of kernels by name; see `kernel_name`.
     """
     for instruction, times, moved in Traffic(module).executed():
         opcode = instruction.opcode.removesuffix("-start")
@@ -57,8 +58,9 @@ def costs(
         if estimate:
             cycles = int(estimate[1])
         elif KERNEL_TARGET in instruction.attributes:
-            by_bytes = moved * chip.clock / _bandwidth_of_a_device(chip)
-            cycles = max(kernel_cycles.get(kernel_name(instruction), 0), round(by_bytes))
+            by_schedule = kernel_cycles.get(kernel_name(instruction), lambda _: 0)(instruction)
+            by_bytes = round(moved * chip.devices * chip.clock / chip.bandwidth)
+            cycles = max(by_schedule, by_bytes)
         elif opcode in CROSSINGS:
             crossing = CROSSINGS[opcode] * (chips - 1) / chips * _result_bytes(instruction)
             cycles = round(crossing * chip.clock / chip.link_bandwidth)
@@ -70,10 +72,6 @@ def costs(
 def kernel_name(instruction: Instruction) -> str:
     """The name that a kernel was given: that of its instruction without the number."""
     return re.sub(r"(\.\d+)+$", "", instruction.name)
-
-
-def _bandwidth_of_a_device(chip: Chip) -> float:
-    return chip.bandwidth / chip.devices
 
 
 def _result_bytes(instruction: Instruction) -> int:

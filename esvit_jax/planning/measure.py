@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,9 +167,9 @@ def take_account(
 def keep_program(path: str, text: str, plan: Plan, run: dict[str, int]) -> None:
     """Writes a program, and before it as a comment what `account_again` needs besides."""
     header = json.dumps({"plan": plan.as_json(), "run": run})
-    with tempfile.NamedTemporaryFile("w", dir=Path(path).parent, delete=False) as file:
-        file.write(f"// {header}\n{text}")
-    Path(file.name).replace(path)
+    unfinished = Path(f"{path}.part")
+    unfinished.write_text(f"// {header}\n{text}")
+    unfinished.replace(path)
 
 
 def account_again(path: str | os.PathLike[str], top: int = 0) -> Plan:
