@@ -7,12 +7,13 @@ frozen prototypes must not advance its bias correction.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 Schedule = Callable[[ArrayLike], jax.Array]
 
@@ -62,7 +63,7 @@ def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
-def decayed(params: Any) -> Any:
+def decayed(params: PyTree) -> PyTree[bool]:
     """True for what weight decay (and LARS) acts on: every tensor with more than one axis."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
@@ -95,8 +96,8 @@ class AdamState(NamedTuple):
     """First and second moments, and how many updates they have seen."""
 
     steps: jax.Array
-    mu: Any
-    nu: Any
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -149,7 +150,7 @@ def frozen_until(
 class TeacherState(NamedTuple):
     """The teacher: an exponential moving average of the student's params."""
 
-    params: Any
+    params: PyTree
 
 
 def teacher_ema(momentum: Schedule) -> optax.GradientTransformationExtraArgs:
@@ -171,12 +172,12 @@ def teacher_ema(momentum: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def teacher_params(opt_state: Any) -> Any:
+def teacher_params(opt_state: PyTree) -> PyTree:
     """The teacher's params in the state of a chain built by `build_optimizer`."""
     return opt_state[-1].params
 
 
-def param_groups(params: Any, norm_last_layer: bool) -> Any:
+def param_groups(params: PyTree, norm_last_layer: bool) -> PyTree[str]:
     """ "prototypes" for the last layers of the heads, "fixed" for norms kept at 1, else "rest"."""
 
     def group(path, _):

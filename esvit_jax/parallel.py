@@ -4,19 +4,40 @@ Steps are written for one device with collectives over the axis `steps.AXIS`; `l
 all. Batches are numpy arrays [local devices, b, ...]; states are replicated.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered, Wrapped
+from jaxtyping import PyTree
 from orbax.checkpoint.utils import fully_replicated_host_local_array_to_global_array
 
 from esvit_jax.steps import AXIS
 
+Result = TypeVar("Result", covariant=True)
 
-def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None) -> Callable:
+
+class Lifted(Protocol[Result]):
+    """A step on all devices, of (replicated, [local devices, b, ...])."""
+
+    def __call__(self, replicated: PyTree, batch: PyTree, /) -> Result: ...
+
+    def lower(self, replicated: PyTree, batch: PyTree, /) -> Lowered:
+        """To be compiled ahead of time; shapes do in place of arrays."""
+        ...
+
+
+def lift(
+    step: Callable[..., Result],
+    mode: str,
+    *,
+    donate: bool = False,
+    devices: Sequence[object] | None = None,
+) -> Lifted[Result]:
     """Runs step(replicated, batch) -> replicated on all devices.
 
     Args:
@@ -26,7 +47,7 @@ def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None
       devices: other than all there are.
 
     Returns:
-      A function of (replicated, [local devices, b, ...]); it has `lower` for ahead-of-time use.
+      See `Lifted`.
     """
     donated = (0,) if donate else ()
     if mode == "pmap":
@@ -54,23 +75,29 @@ def lift(step: Callable, mode: str, *, donate: bool = False, devices: Any = None
     jitted = jax.jit(mapped, donate_argnums=donated)
     if jax.process_count() == 1:
         return jitted
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-
-    def from_all_processes(function):
-        def call(replicated, batch):
-            batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-            )
-            return function(replicated, batch)
-
-        return call
-
-    lifted: Any = from_all_processes(jitted)
-    lifted.lower = from_all_processes(jitted.lower)
-    return lifted
+    return _FromAllProcesses(jitted, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
-def _mesh(devices: Any = None) -> Mesh:
+@dataclasses.dataclass(frozen=True)
+class _FromAllProcesses:
+    """Puts together the batches of all processes first."""
+
+    jitted: Wrapped
+    sharding: NamedSharding
+
+    def __call__(self, replicated, batch, /):
+        return self.jitted(replicated, self._together(batch))
+
+    def lower(self, replicated, batch, /) -> Lowered:
+        return self.jitted.lower(replicated, self._together(batch))
+
+    def _together(self, batch: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.sharding, x), batch
+        )
+
+
+def _mesh(devices: Sequence[object] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), (AXIS,))
 
 
@@ -89,7 +116,7 @@ def replicated_sharding() -> NamedSharding:
     return NamedSharding(_mesh(), PartitionSpec())
 
 
-def replicate(state: Any, mode: str) -> Any:
+def replicate(state: PyTree, mode: str) -> PyTree:
     """The state as a lifted step returns it, so that its first call is compiled like the others."""
     if jax.process_count() == 1:
         return jax.device_put(state, replicated_sharding())
@@ -100,7 +127,7 @@ def replicate(state: Any, mode: str) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), state)
 
 
-def to_global(state: Any) -> Any:
+def to_global(state: PyTree) -> PyTree:
     """The state as arrays over all processes, as checkpoints need them."""
     if jax.process_count() == 1 or not all(x.is_fully_addressable for x in jax.tree.leaves(state)):
         return state

@@ -1,12 +1,12 @@
 """What a step reads and writes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import PyTree
 
+from esvit_jax.models.backbone import Leaf
 from esvit_jax.models.esvit import EsViT
 from esvit_jax.optim import teacher_params
 
@@ -24,20 +24,20 @@ class TrainState:
       skipped_steps: int32, all that were.
     """
 
-    step: Any
-    params: Any
-    opt_state: Any
-    centers: Any
-    bad_steps: Any
-    skipped_steps: Any
+    step: Leaf
+    params: PyTree
+    opt_state: PyTree
+    centers: dict[str, Leaf]
+    bad_steps: Leaf
+    skipped_steps: Leaf
 
     @property
-    def teacher(self) -> Any:
+    def teacher(self) -> PyTree:
         """The teacher's params."""
         return teacher_params(self.opt_state)
 
 
-def init_params(model: EsViT, key: jax.Array) -> Any:
+def init_params(model: EsViT, key: jax.Array) -> PyTree:
     """Random params, deterministic in `key`."""
     size = model.backbone.image_size
     return model.init(key, [jnp.zeros((2, 1, size, size, 3))])["params"]
@@ -49,7 +49,9 @@ def zero_centers(model: EsViT) -> dict[str, jax.Array]:
     return {head: jnp.zeros(model.num_prototypes) for head in heads}
 
 
-def create_state(model: EsViT, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+def create_state(
+    model: EsViT, optimizer: optax.GradientTransformation, params: PyTree
+) -> TrainState:
     """The state before the first step, student and teacher both at `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -6,14 +6,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from esvit_jax import losses, prototypes
 from esvit_jax.models.esvit import EsViT
@@ -46,8 +45,8 @@ class StepOptions:
 
 
 def loss_and_gradients(
-    params: Any,
-    teacher_params: Any,
+    params: PyTree,
+    teacher_params: PyTree,
     centers: dict[str, Array],
     views: dict[str, Array],
     drop_key: Array,
@@ -55,7 +54,7 @@ def loss_and_gradients(
     model: EsViT,
     teacher_temp: Array | float,
     options: StepOptions,
-) -> tuple[Any, dict[str, Array], dict[str, Array], Array]:
+) -> tuple[PyTree, dict[str, Array], dict[str, Array], Array]:
     """Teacher, student, loss and gradients on one part of the batch.
 
     Args:
@@ -181,7 +180,9 @@ def train_step(
     return new_state, scalars, features
 
 
-def mean_over_parts(run: Callable, parts: Any) -> Any:
+def mean_over_parts(
+    run: Callable[[PyTree], tuple[PyTree, ...]], parts: PyTree
+) -> tuple[PyTree, ...]:
     """Means of run(part) over the leading axis of `parts`; the last result is concatenated."""
     count = len(jax.tree.leaves(parts)[0])
     first = jax.tree.map(lambda x: x[0], parts)
@@ -199,8 +200,11 @@ def mean_over_parts(run: Callable, parts: Any) -> Any:
 
 
 def feature_step(
-    params: Any, batch: dict[str, Array], *, extract: Callable[[Any, dict[str, Array]], Any]
-) -> dict[str, Any]:
+    params: PyTree,
+    batch: dict[str, Array],
+    *,
+    extract: Callable[[PyTree, dict[str, Array]], PyTree[Array]],
+) -> dict[str, PyTree[Array]]:
     """What `extract(params, batch)` returns for all devices' images, with their labels and mask.
 
     Args:

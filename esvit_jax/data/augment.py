@@ -12,7 +12,7 @@ stay fractional, so one operation differs from Pillow's by about half a level.
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,30 @@ Image = Float[Array, "3 h w"]
 Number = int | float | Real[Array, ""]
 
 
+@runtime_checkable
+class ViewOptions(Protocol):
+    """The section `views` of a config, which says what its fields are."""
+
+    global_size: int
+    local_size: int
+    num_local: int
+    global_scale: tuple[float, float]
+    local_scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    jitter_probability: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grayscale: float
+    blur_probability: tuple[float, float, float]
+    blur_sigma: tuple[float, float]
+    solarize: tuple[float, float, float]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
 class ViewParameters(NamedTuple):
     """What is drawn for v views. An operation that does not happen has its neutral value."""
 
@@ -50,7 +74,10 @@ class ViewParameters(NamedTuple):
 
 
 def augment(
-    keys: Key[Array, " b"], canvas: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"], views: Any
+    keys: Key[Array, " b"],
+    canvas: UInt8[Array, "b s s 3"],
+    size: Int[Array, "b 2"],
+    views: ViewOptions,
 ) -> dict[str, Float[Array, "v b p p 3"]]:
     """Cuts all views of every image.
 
@@ -118,7 +145,9 @@ def center_view(
     return jax.vmap(of_one_image)(canvas, size)
 
 
-def sample_parameters(key: Key[Array, ""], size: Int[Array, " 2"], views: Any) -> ViewParameters:
+def sample_parameters(
+    key: Key[Array, ""], size: Int[Array, " 2"], views: ViewOptions
+) -> ViewParameters:
     """Draws the parameters of all views of one image: global 1, global 2, then the local ones.
 
     All numbers come from one call of the generator: a view's do not depend on how many views
@@ -149,7 +178,10 @@ def sample_parameters(key: Key[Array, ""], size: Int[Array, " 2"], views: Any) -
 
 
 def random_crop_box(
-    u: Float[Array, " draws"], size: Int[Array, " 2"], scale: Any, ratio: Any
+    u: Float[Array, " draws"],
+    size: Int[Array, " 2"],
+    scale: Float[Array | np.ndarray, " 2"],
+    ratio: tuple[float, float],
 ) -> Int[Array, " 4"]:
     """The box of a random resized crop, by the rule of torchvision's `RandomResizedCrop`.
 
@@ -194,7 +226,7 @@ def round_to_int(x: Array) -> Array:
 
 
 def render_view(
-    image: Image, p: ViewParameters, view_size: int, views: Any
+    image: Image, p: ViewParameters, view_size: int, views: ViewOptions
 ) -> Float[Array, "{view_size} {view_size} 3"]:
     """Makes one view of an image from its parameters (a `ViewParameters` without the axis v)."""
     view = resized_crop(image, p.box, view_size, flip=p.flip)
@@ -210,10 +242,12 @@ def to_levels(canvas: UInt8[Array, "h w 3"]) -> Image:
     return rearrange(canvas, "h w c -> c h w").astype(jnp.float32)
 
 
-def normalize(image: Image, mean: Any, std: Any) -> Float[Array, "h w 3"]:
+def normalize(
+    image: Image, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float[Array, "h w 3"]:
     """From levels to what a backbone takes: (x / 255 - mean) / std, channels last."""
-    mean, std = 255 * np.asarray(mean, np.float32), 255 * np.asarray(std, np.float32)
-    return (rearrange(image, "c h w -> h w c") - mean) / std
+    shift, scale = (255 * np.asarray(x, np.float32) for x in (mean, std))
+    return (rearrange(image, "c h w -> h w c") - shift) / scale
 
 
 def resized_crop(

@@ -7,9 +7,6 @@ thing of that size that is kept is exp(logits - max), in the dtype of the values
 from sum_k p_k dp_k = out . dout (Dao et al. 2022, FlashAttention).
 """
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,7 +124,6 @@ def attention_logits(
     return logits + bias.astype(logits_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def window_attention(
     query: Float[Array, "b m heads n d"],
     key: Float[Array, "b m heads k d"],
@@ -146,10 +142,16 @@ def window_attention(
       bias: of relative positions, and what keeps tokens of different parts of the map apart.
       logits_dtype: in which the logits are kept; the softmax is float32.
     """
+    return _window_attention(query, key, value, bias, logits_dtype)
+
+
+def _value(query: Array, key: Array, value: Array, bias: Array, logits_dtype: DTypeLike) -> Array:
     return _forward(query, key, value, bias, logits_dtype)[0]
 
 
-def _forward(query: Any, key: Any, value: Any, bias: Any, logits_dtype: DTypeLike) -> Any:
+def _forward(
+    query: Array, key: Array, value: Array, bias: Array, logits_dtype: DTypeLike
+) -> tuple[Array, tuple[Array, ...]]:
     logits = attention_logits(query, key, bias, logits_dtype).astype(jnp.float32)
     exp = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(value.dtype)
     # Without the barriers the compiler would rather read the logits again for every use.
@@ -160,7 +162,9 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, logits_dtype: DTypeLik
     return out, (query, key, value, exp, inverse_sum, out)
 
 
-def _backward(logits_dtype: DTypeLike, kept: Any, d_out: Any) -> Any:
+def _backward(
+    logits_dtype: DTypeLike, kept: tuple[Array, ...], d_out: Array
+) -> tuple[Array, Array, Array, Array]:
     query, key, value, exp, inverse_sum, out = kept
     # The mean of d_weights under the weights.
     d_out32 = d_out.astype(jnp.float32)
@@ -174,7 +178,8 @@ def _backward(logits_dtype: DTypeLike, kept: Any, d_out: Any) -> Any:
     return d_query, d_key, d_value, jnp.sum(d_logits.astype(jnp.float32), axis=0)
 
 
-window_attention.defvjp(_forward, _backward)
+_window_attention = jax.custom_vjp(_value, nondiff_argnums=(4,))
+_window_attention.defvjp(_forward, _backward)
 
 
 class WindowAttention(nn.Module):
@@ -226,7 +231,7 @@ class WindowAttention(nn.Module):
             windows = partition(rows, shape, size, shift)
             query, key, value = split_heads(project(windows), m, size**2, heads)
         query *= (dim // heads) ** -0.5
-        out: Any = window_attention(query, key, value, bias, self.logits_dtype)
+        out = window_attention(query, key, value, bias, self.logits_dtype)
         if one_window:
             out = rearrange(out, "b m heads n d -> (b m n) (heads d)")
         else:

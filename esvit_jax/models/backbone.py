@@ -1,16 +1,23 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from esvit_jax.errors import UserError
 
 # What a backbone computes only where it is asked for it by name.
 ON_REQUEST = ("attention",)
+
+# A field of a pytree: an array; but jax rebuilds pytrees with shapes, shardings or None in its
+# place, so that only type checkers may hold it to that.
+if TYPE_CHECKING:
+    Leaf = Array
+else:
+    Leaf = Any
 
 
 class StageInfo(NamedTuple):
@@ -39,12 +46,11 @@ class BackboneOutput:
         row-major order of the padded and shifted map), or () unless "attention" was asked for.
     """
 
-    # Jax rebuilds it with shapes, shardings or None in place of arrays.
-    view_features: Any
-    region_features: Any
-    stage_maps: tuple[Any, ...]
-    block_means: tuple[Any, ...]
-    attention: tuple[Any, ...]
+    view_features: Leaf
+    region_features: Leaf
+    stage_maps: tuple[Leaf, ...]
+    block_means: tuple[Leaf, ...]
+    attention: tuple[Leaf, ...]
 
 
 class Backbone(nn.Module):
@@ -90,7 +96,7 @@ class Backbone(nn.Module):
 
     def forward(
         self,
-        params: Any,
+        params: PyTree,
         images: Float[Array, "b h w 3"],
         *,
         drop_key: Array | None = None,

@@ -1,16 +1,15 @@
 """EsViT: a backbone with a view head and a region head, over views of several sizes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from esvit_jax.models.backbone import Backbone
+from esvit_jax.models.backbone import Backbone, Leaf
 from esvit_jax.models.heads import ProjectionHead
 
 
@@ -24,8 +23,8 @@ class HeadOutput:
       prototypes: f32[k, bottleneck], what the vectors are compared with.
     """
 
-    vectors: tuple[Any, ...]
-    prototypes: Any
+    vectors: tuple[Leaf, ...]
+    prototypes: Leaf
 
 
 @struct.dataclass
@@ -39,8 +38,8 @@ class EsViTOutput:
     """
 
     heads: dict[str, HeadOutput]
-    view_features: tuple[Any, ...]
-    region_features: tuple[Any, ...]
+    view_features: tuple[Leaf, ...]
+    region_features: tuple[Leaf, ...]
 
 
 class EsViT(nn.Module):
@@ -90,7 +89,7 @@ class EsViT(nn.Module):
         return EsViTOutput(heads, tuple(view_features), tuple(region_features))
 
     def forward(
-        self, params: Any, stacks: Sequence[Array], *, drop_key: Array | None = None
+        self, params: PyTree, stacks: Sequence[Array], *, drop_key: Array | None = None
     ) -> EsViTOutput:
         """`apply` by params alone; with a key for drop path it is a student's, in training."""
         variables, train = {"params": params}, drop_key is not None

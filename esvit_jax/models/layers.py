@@ -76,11 +76,11 @@ def gelu(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _gelu_forward(x: Any) -> Any:
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
     return gelu(x), x
 
 
-def _gelu_backward(x: Any, gradient: Any) -> Any:
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     # Without the barrier the compiler finds both error functions to be one, and keeps it.
     x32 = jax.lax.optimization_barrier(x).astype(jnp.float32)
     cdf = 0.5 * (1.0 + jax.lax.erf(x32 * 0.5**0.5))
