@@ -143,7 +143,7 @@ def _absolute(workdir: str | os.PathLike) -> epath.Path:
 def write_config(
     workdir: str | os.PathLike,
     config: ConfigDict,
-    facts: dict[str, Any],
+    origin: dict[str, Any],
     name: str = "config.json",
 ) -> None:
     """Writes `workdir/config.json`, whole or not at all.
@@ -151,12 +151,12 @@ def write_config(
     Args:
       workdir: made if it is not there.
       config: all fields, by their dotted names.
-      facts: what else describes the run (steps per epoch, classes, …), under "facts".
+      origin: what else describes the run (steps per epoch, classes, …), under "facts".
       name: of the file, where another library wants that one for itself.
     """
     directory = _absolute(workdir)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"config": config_lib.flatten(config), "facts": facts}, indent=1)
+    text = json.dumps({"config": config_lib.flatten(config), "facts": origin}, indent=1)
     temporary = directory / f"{name}.{os.getpid()}.tmp"
     temporary.write_text(text + "\n")
     temporary.replace(directory / name)
@@ -181,15 +181,15 @@ def read_config(
         raise UserError(f"{path} is not the config of a run: it is no JSON, {error}") from error
     if not (isinstance(content, dict) and {"config", "facts"} <= content.keys()):
         raise UserError(f'{path} is not the config of a run: it lacks "config" or "facts"')
-    fields, facts = content["config"], content["facts"]
-    if not (isinstance(fields, dict) and isinstance(facts, dict)):
+    fields, origin = content["config"], content["facts"]
+    if not (isinstance(fields, dict) and isinstance(origin, dict)):
         raise UserError(f'{path} is not the config of a run: "config" and "facts" are objects')
     try:
         config = config_lib.unflatten(fields)
         config_lib.check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return config, facts
+    return config, origin
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
@@ -203,18 +203,18 @@ class LoadedModel(NamedTuple):
 
     Attributes:
       config: of the run.
-      facts: see `write_config`.
+      origin: see `write_config`.
       model: the network, `models.create_model(config)`.
       student, teacher: params {"backbone", "view_head", "region_head"}.
       centers: {"view": f32[k], "region": f32[k]}.
       step: training steps behind it.
 
-    Where `facts["parts"]` is "backbone" (a converted backbone), student and teacher are the same
+    Where `origin["parts"]` is "backbone" (a converted backbone), student and teacher are the same
     {"backbone"} and the centers are {}.
     """
 
     config: ConfigDict
-    facts: dict[str, Any]
+    origin: dict[str, Any]
     model: EsViT
     student: Any
     teacher: Any
@@ -226,21 +226,16 @@ class LoadedModel(NamedTuple):
 
         Args:
           key: "teacher" or "student"; None is the one to evaluate: the teacher, unless the
-            checkpoint was converted for its student (`facts["key"]`).
+            checkpoint was converted for its student (`origin["key"]`).
 
         Raises:
           UserError: another key.
         """
         networks = {"teacher": self.teacher, "student": self.student}
-        key = key or self.facts.get("key", "teacher")
+        key = key or self.origin.get("key", "teacher")
         if key not in networks:
             raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
         return networks[key]
-
-    @property
-    def params(self) -> Any:
-        """The network to evaluate."""
-        return self.network()
 
 
 def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
@@ -257,7 +252,7 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
     if found is None:
         what = "has checkpoints but" if has_checkpoint(workdir) else "is no workdir: it has"
         raise UserError(f"{workdir} {what} no config.json")
-    config, facts = found
+    config, origin = found
     model = create_model(config)
     with ocp.CheckpointManager(
         _absolute(workdir) / "checkpoints",
@@ -272,16 +267,16 @@ def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedMod
         step = max(steps) if step is None else step
         params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
-        if facts.get("parts") == "backbone":
+        if origin.get("parts") == "backbone":
             shapes = {"teacher": {"backbone": params["backbone"]}}
         with _unreadable(manager.directory, step):
             items = manager.restore(
                 step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
             )
     arrays = items["model"]
-    if facts.get("parts") == "backbone":
+    if origin.get("parts") == "backbone":
         arrays |= {"student": arrays["teacher"], "centers": {}}
-    return LoadedModel(config, facts, model, **arrays, step=step)
+    return LoadedModel(config, origin, model, **arrays, step=step)
 
 
 @contextmanager
@@ -300,7 +295,7 @@ def save_model(
     directory: str | os.PathLike,
     *,
     config: ConfigDict,
-    facts: dict[str, Any],
+    origin: dict[str, Any],
     teacher: Any,
     student: Any = None,
     centers: Any = None,
@@ -308,13 +303,13 @@ def save_model(
 ) -> None:
     """Writes a directory that `load_model` reads: a converted checkpoint.
 
-    With `facts["parts"] = "backbone"` there is a teacher {"backbone"} only.
+    With `origin["parts"] = "backbone"` there is a teacher {"backbone"} only.
     """
     model = {"student": student, "teacher": teacher, "centers": centers}
-    if facts.get("parts") == "backbone":
+    if origin.get("parts") == "backbone":
         model = {"teacher": teacher}
     with ocp.CheckpointManager(
         _absolute(directory) / "checkpoints", item_names=("model", "training")
     ) as manager:
         manager.save(step, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
-    write_config(directory, config, facts)
+    write_config(directory, config, origin)

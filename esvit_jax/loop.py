@@ -94,7 +94,7 @@ def train(
             state = first_state(run, log)
             if config.knn_baselines and checkpoints.latest_step() is None:
                 evaluate_baselines(run, state, log)
-            step = parallel.lift(run.recipe.step, config.parallel, donate=True)
+            step = parallel.on_all_devices(run.recipe.step, config.parallel, donate=True)
             spread = jax.jit(feature_spread)
             with log.busy("reading the first images"):
                 first_batch = next(batches)
@@ -294,8 +294,8 @@ def stop_if_bad(run: Run, state: TrainState, tried: TriedStep, say: Callable[[st
     directory.mkdir(exist_ok=True)
     if jax.process_index() == 0:
         np.savez(directory / "batch.npz", allow_pickle=False, **tried.batch)
-        facts = {"step": tried.step} | scalars
-        (directory / "scalars.json").write_text(json.dumps(facts, indent=1))
+        numbers = {"step": tried.step} | scalars
+        (directory / "scalars.json").write_text(json.dumps(numbers, indent=1))
         checkpoint.write_config(directory, run.config, {})
     with closing(checkpoint.Checkpoints(str(directory))) as checkpoints:
         checkpoints.save(tried.step, state, force=True)

@@ -10,6 +10,7 @@ log-normalisers, so that the cross-entropy of a pair of rows is
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,57 +65,84 @@ def esvit_loss(
       are a share of ln K, 0 to 1.
     """
 
-    def both_sides(head: str) -> tuple[HeadOutput, Array, list[Array], Array, Array]:
-        """The student's head, expected prototypes, log-normalisers, and mean entropies of both."""
-        ours, theirs = student.heads[head], teacher.heads[head].vectors[0]
-        expected, teacher_entropy = expected_prototypes(
-            rearrange(theirs, "... d -> (...) d"),
-            teacher.heads[head].prototypes,
-            ours.prototypes,
-            centers[head],
-            teacher_temp,
-            prototype_chunk,
-            dtype,
-        )
-        # All stacks in one pass over the prototypes.
-        rows = [rearrange(x, "... d -> (...) d") for x in ours.vectors]
-        normalizers, student_entropy = log_normalizer(
-            jnp.concatenate(rows), ours.prototypes, student_temp, prototype_chunk, dtype
-        )
-        parts = jnp.split(normalizers, np.cumsum([len(r) for r in rows])[:-1])
-        parts = [n.reshape(x.shape[:-1]) for n, x in zip(parts, ours.vectors, strict=True)]
-        return (
-            ours, expected.reshape(theirs.shape), parts,
-            teacher_entropy.mean(), student_entropy.mean(),
-        )  # fmt: skip
-
-    head, expected, normalizers, teacher_entropy, student_entropy = both_sides("view")
+    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    fields = temps | {"prototype_chunk": prototype_chunk, "dtype": dtype}
+    sides = _sides(student.heads["view"], teacher.heads["view"], centers["view"], **fields)
     view = view_loss(
-        student=jnp.concatenate(head.vectors),
-        log_normalizer=jnp.concatenate(normalizers),
-        expected=expected,
+        student=jnp.concatenate(student.heads["view"].vectors),
+        log_normalizer=jnp.concatenate(sides.log_normalizers),
+        expected=sides.expected,
         student_temp=student_temp,
     )
-    log_k = math.log(len(head.prototypes))
+    log_k = math.log(len(centers["view"]))
     scalars = {
         "view_loss": view,
-        "teacher_entropy": teacher_entropy / log_k,
-        "student_entropy": student_entropy / log_k,
-        "teacher_student_kl": view - teacher_entropy,
+        "teacher_entropy": sides.teacher_entropy / log_k,
+        "student_entropy": sides.student_entropy / log_k,
+        "teacher_student_kl": view - sides.teacher_entropy,
     }
     if "region" not in centers:
         return view, scalars
 
-    head, expected, normalizers, _, _ = both_sides("region")
+    sides = _sides(student.heads["region"], teacher.heads["region"], centers["region"], **fields)
     region = region_loss(
-        student=head.vectors,
-        log_normalizer=normalizers,
+        student=student.heads["region"].vectors,
+        log_normalizer=sides.log_normalizers,
         student_features=student.region_features,
-        expected=expected,
+        expected=sides.expected,
         teacher_features=teacher.region_features[0],
         student_temp=student_temp,
     )
     return 0.5 * view + 0.5 * region, scalars | {"region_loss": region}
+
+
+class _Sides(NamedTuple):
+    """What the cross-entropies of one head are made of, beside the student's vectors.
+
+    Attributes:
+      expected: f32[2, b, (n,) d], the expected prototypes of the teacher's rows.
+      log_normalizers: one f32[v, b, (n)] a stack, of the student's rows.
+      teacher_entropy, student_entropy: means over rows, nats.
+    """
+
+    expected: Array
+    log_normalizers: list[Array]
+    teacher_entropy: Array
+    student_entropy: Array
+
+
+def _sides(
+    student: HeadOutput,
+    teacher: HeadOutput,
+    center: Float[Array, " k"],
+    *,
+    student_temp: float,
+    teacher_temp: Array | float,
+    prototype_chunk: int,
+    dtype: DTypeLike,
+) -> _Sides:
+    """The two passes over the prototypes of one head; see `esvit_loss`."""
+    expected, teacher_entropy = expected_prototypes(
+        rearrange(teacher.vectors[0], "... d -> (...) d"),
+        teacher.prototypes,
+        student.prototypes,
+        center,
+        teacher_temp,
+        prototype_chunk,
+        dtype,
+    )
+    # All stacks in one pass.
+    rows = [rearrange(x, "... d -> (...) d") for x in student.vectors]
+    normalizers, student_entropy = log_normalizer(
+        jnp.concatenate(rows), student.prototypes, student_temp, prototype_chunk, dtype
+    )
+    parts = jnp.split(normalizers, np.cumsum([len(r) for r in rows])[:-1])
+    return _Sides(
+        expected.reshape(teacher.vectors[0].shape),
+        [n.reshape(x.shape[:-1]) for n, x in zip(parts, student.vectors, strict=True)],
+        teacher_entropy.mean(),
+        student_entropy.mean(),
+    )
 
 
 def match_regions(

@@ -1,7 +1,7 @@
 """How what is written for one device runs on all of them, in all processes.
 
-Steps are written for one device with collectives over the axis `steps.AXIS`; `lift` runs them on
-all. Batches are numpy arrays [local devices, b, ...]; states are replicated.
+Steps are written for one device with collectives over the axis `steps.AXIS`; `on_all_devices` runs
+them on all. Batches are numpy arrays [local devices, b, ...]; states are replicated.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from esvit_jax.steps import AXIS
 Result = TypeVar("Result", covariant=True)
 
 
-class Lifted(Protocol[Result]):
+class OnAllDevices(Protocol[Result]):
     """A step on all devices, of (replicated, [local devices, b, ...])."""
 
     def __call__(self, replicated: PyTree, batch: PyTree, /) -> Result: ...
@@ -31,13 +31,13 @@ class Lifted(Protocol[Result]):
         ...
 
 
-def lift(
+def on_all_devices(
     step: Callable[..., Result],
     mode: str,
     *,
     donate: bool = False,
     devices: Sequence[object] | None = None,
-) -> Lifted[Result]:
+) -> OnAllDevices[Result]:
     """Runs step(replicated, batch) -> replicated on all devices.
 
     Args:
@@ -47,7 +47,7 @@ def lift(
       devices: other than all there are.
 
     Returns:
-      See `Lifted`.
+      See `OnAllDevices`.
     """
     donated = (0,) if donate else ()
     if mode == "pmap":
@@ -117,7 +117,7 @@ def replicated_sharding() -> NamedSharding:
 
 
 def replicate(state: PyTree, mode: str) -> PyTree:
-    """The state as a lifted step returns it, so that its first call is compiled like the others."""
+    """The state as a step returns it, so that its first call is compiled like all others."""
     if jax.process_count() == 1:
         return jax.device_put(state, replicated_sharding())
     state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)

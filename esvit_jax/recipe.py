@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
     @property
     def step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], Array]]:
-        """`steps.train_step` for one device, to be lifted by `parallel.lift`."""
+        """`steps.train_step` for one device, to be run by `parallel.on_all_devices`."""
         return functools.partial(
             steps.train_step,
             model=self.model,

@@ -1,6 +1,6 @@
 """The training step and the feature step: pure, for one device, collectives over one axis.
 
-`parallel` lifts them to all devices. Everything that is not an array is bound beforehand with
+`parallel` runs them on all devices. Everything that is not an array is bound beforehand with
 `functools.partial`.
 """
 
@@ -108,26 +108,21 @@ def train_step(
     """One step of EsViT on this device's share of the batch (paper, algorithm 1).
 
     Args:
-      state: replicated.
-      batch: arrays [b, ...]; this device's images.
-      model, optimizer: see `EsViT`, `optim.build_optimizer`.
+      state, batch: replicated, and arrays [b, ...] of this device's images.
+      model, optimizer, options: see `EsViT`, `optim.build_optimizer`, `StepOptions`.
       make_views: (keys [b], batch) -> {"global": [2, b, ...], "local": [v, b, ...]}.
       teacher_temp: function of the step.
-      options: see `StepOptions`.
 
     Returns:
       The new state, scalars (mean over all devices), and view features of the teacher of the
       whole batch, f32[images, d]. A step whose loss or gradient is not finite changes nothing but
       the two counters.
     """
-    device = jax.lax.axis_index(AXIS)
-    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-    view_key, drop_key = jax.random.split(key)
-    images = len(jax.tree.leaves(batch)[0])
-    image_keys = jax.vmap(lambda i: jax.random.fold_in(view_key, i))(
-        device * images + jnp.arange(images)
+    image_keys, drop_keys = step_keys(
+        jax.random.fold_in(jax.random.key(options.seed), state.step),
+        images=len(jax.tree.leaves(batch)[0]),
+        parts=options.accum_steps,
     )
-    drop_keys = jax.random.split(jax.random.fold_in(drop_key, device), options.accum_steps)
 
     # 1. Views, teacher, student, gradients: in parts, so that one part is in memory at a time.
     def run(part):
@@ -168,16 +163,41 @@ def train_step(
 
     # 5. A step that is not finite is not taken.
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["gradient_norm"])
-    params, opt_state, centers = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state, centers),
-        (state.params, state.opt_state, state.centers),
-    )
-    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    skipped_steps = state.skipped_steps + jnp.where(finite, 0, 1)
-    scalars |= {"bad_steps": bad_steps, "skipped_steps": skipped_steps}
-    new_state = TrainState(state.step + 1, params, opt_state, centers, bad_steps, skipped_steps)
+    new_state = next_state(state, (params, opt_state, centers), finite)
+    scalars |= {"bad_steps": new_state.bad_steps, "skipped_steps": new_state.skipped_steps}
     return new_state, scalars, features
+
+
+def step_keys(key: Array, *, images: int, parts: int) -> tuple[Array, Array]:
+    """This device's keys of a step: one an image for its views, one a part for drop path.
+
+    An image's key depends on its place in the global batch alone.
+    """
+    device = jax.lax.axis_index(AXIS)
+    view_key, drop_key = jax.random.split(key)
+    places = device * images + jnp.arange(images)
+    image_keys = jax.vmap(lambda place: jax.random.fold_in(view_key, place))(places)
+    return image_keys, jax.random.split(jax.random.fold_in(drop_key, device), parts)
+
+
+def next_state(state: TrainState, new: PyTree, taken: Array) -> TrainState:
+    """The state after a step that was taken, or that only counts.
+
+    Args:
+      state: before the step.
+      new: params, optimiser state and centers after it.
+      taken: bool; whether they take the place of the old ones.
+    """
+    old = (state.params, state.opt_state, state.centers)
+    params, opt_state, centers = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        centers=centers,
+        bad_steps=jnp.where(taken, 0, state.bad_steps + 1),
+        skipped_steps=state.skipped_steps + jnp.where(taken, 0, 1),
+    )
 
 
 def mean_over_parts(

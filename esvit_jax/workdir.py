@@ -75,22 +75,22 @@ def check_same_run(workdir: Path, config: ConfigDict, numbers: RunNumbers) -> No
             f"{workdir} has checkpoints but no config.json to tell which run they are of: put it "
             "back, or take another workdir"
         )
-    old_config, facts = found
-    if "source" in facts:
+    old_config, origin = found
+    if "source" in origin:
         raise UserError(
             f"{workdir} is a converted checkpoint: take another workdir, and "
             f"config.init_from={workdir}"
         )
-    if missing := [name for name in KEPT_NUMBERS if name not in facts]:
+    if missing := [name for name in KEPT_NUMBERS if name not in origin]:
         raise UserError(
             f"{workdir}/config.json lacks {', '.join(missing)} among its facts: put the file of "
             "the run back, or take another workdir"
         )
     now = dataclasses.asdict(numbers)
     changes = differences(old_config, config) + [
-        f"{name} was {facts[name]} and is {now[name]} now"
+        f"{name} was {origin[name]} and is {now[name]} now"
         for name in KEPT_NUMBERS
-        if facts[name] != now[name]
+        if origin[name] != now[name]
     ]
     if changes:
         raise UserError(f"{workdir} holds another run: {'; '.join(changes)}. {_advice(changes)}")
@@ -120,10 +120,10 @@ def write_run_config(workdir: Path, config: ConfigDict, numbers: RunNumbers) -> 
     Raises:
       UserError: that fails after all.
     """
-    facts = dataclasses.asdict(numbers)
-    del facts["images_per_device"]  # may differ: the number of devices is free
+    origin = dataclasses.asdict(numbers)
+    del origin["images_per_device"]  # may differ: the number of devices is free
     try:
-        checkpoint.write_config(workdir, config, facts)
+        checkpoint.write_config(workdir, config, origin)
     except OSError as error:
         raise UserError(
             f"it cannot be written to: {error.strerror}", argument="workdir", value=str(workdir)

@@ -177,7 +177,7 @@ class Replay:
                 dtype=self.dtype,
             ),
         )
-        lifted = parallel.lift(step, mode, devices=devices)
+        lifted = parallel.on_all_devices(step, mode, devices=devices)
 
         def on_shards(state, batch):
             shards = {

@@ -31,8 +31,8 @@ def refusal(function, *arguments) -> str:
 def test_a_config_is_read_back(tmp_path, tiny_config):
     assert read_config(tmp_path) is None
     write_config(tmp_path, tiny_config, {"num_images": 6000})
-    config, facts = read_config(tmp_path)  # pyright: ignore[reportGeneralTypeIssues]
-    assert config == tiny_config and facts == {"num_images": 6000}
+    config, origin = read_config(tmp_path)  # pyright: ignore[reportGeneralTypeIssues]
+    assert config == tiny_config and origin == {"num_images": 6000}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_network_to_evaluate(tiny_config):
     model = create_model(tiny_config)
     loaded = LoadedModel(tiny_config, {}, model, student="s", teacher="t", centers={}, step=3)
     assert [loaded.network(key) for key in (None, "teacher", "student")] == ["t", "t", "s"]
-    assert loaded._replace(facts={"key": "student"}).network() == "s"
+    assert loaded._replace(origin={"key": "student"}).network() == "s"
     assert refusal(loaded.network, "pupil") == "key = 'pupil': it must be 'teacher' or 'student'"
 
 

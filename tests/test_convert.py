@@ -149,11 +149,11 @@ def test_everything_in_the_file_arrives(tmp_path):
     loaded = checkpoint.load_model(tmp_path / "deep" / "a")
     assert_same(loaded.student, student)
     assert_same(loaded.teacher, teacher)
-    assert_same(loaded.params, teacher)
+    assert_same(loaded.network(), teacher)
     np.testing.assert_array_equal(loaded.centers["view"], centers["center"][0])
     np.testing.assert_array_equal(loaded.centers["region"], centers["center_grid"][0])
     assert not loaded.config.head.norm_last_layer
-    assert loaded.facts["source"] == "a.safetensors"
+    assert loaded.origin["source"] == "a.safetensors"
     assert "norm_last_layer False: assumed" in "\n".join(lines)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a"]
 
@@ -351,7 +351,7 @@ def test_supervised_swins_become_backbones(tmp_path, kind):
         assert f"left behind: model head{'.fc' * (kind == 'timm')}.weight" in lines[-1]
     assert loaded.config.backbone.image_size == 64
     view = jax.eval_shape(
-        lambda images: loaded.model.backbone.forward(loaded.params["backbone"], images),
+        lambda images: loaded.model.backbone.forward(loaded.network()["backbone"], images),
         jnp.zeros((1, 64, 64, 3)),
     ).view_features
     assert view.shape == (1, 32)
@@ -368,7 +368,7 @@ def test_bfloat16_and_half_become_float32(tmp_path):
     convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
     loaded = checkpoint.load_model(tmp_path / "a")
     rounded = params["backbone"]["layers_0"]["blocks_0"]["mlp"]["fc1"]["kernel"]
-    kernel = loaded.params["backbone"]["layers_0"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    kernel = loaded.network()["backbone"]["layers_0"]["blocks_0"]["mlp"]["fc1"]["kernel"]
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel, rounded.astype(ml_dtypes.bfloat16).astype(np.float32))
 

@@ -338,15 +338,15 @@ def test_features_of_the_chosen_network(tmp_path, tiny_config):
     student, teacher = random_params(tiny_config, 1), random_params(tiny_config, 2)
     centers = {"view": np.zeros(32, np.float32), "region": np.zeros(32, np.float32)}
     views = []
-    for facts in ({"key": "student"}, {}):
-        directory = tmp_path / f"run{len(facts)}"
+    for origin in ({"key": "student"}, {}):
+        directory = tmp_path / f"run{len(origin)}"
         checkpoint.save_model(
-            directory, config=tiny_config, facts=facts, student=student, teacher=teacher,
+            directory, config=tiny_config, origin=origin, student=student, teacher=teacher,
             centers=centers,
         )  # fmt: skip
         loaded = checkpoint.load_model(directory)
         loaded.config.evaluate.batch_size = 4
-        out = tmp_path / f"{len(facts)}.npz"
+        out = tmp_path / f"{len(origin)}.npz"
         about = embed(loaded, open_source(BUNDLED, "test[:4]"), out, console=QUIET)
         assert about["images"] == 4
         views.append(np.load(out)["view_features"])

@@ -78,7 +78,7 @@ def workdir(tmp_path_factory):
     config = small_config()
     config.data.name = "folder:/photos"
     config.batch_size = 8
-    facts = {"num_images": 100, "steps_per_epoch": 12, "total_steps": 60}
+    origin = {"num_images": 100, "steps_per_epoch": 12, "total_steps": 60}
     rng = np.random.default_rng(3)
     centers = {head: rng.normal(size=12).astype(np.float32) for head in ("view", "region")}
     for step in (10, 30):
@@ -87,7 +87,7 @@ def workdir(tmp_path_factory):
             "teacher": random_params(config, step + 1),
         }
         checkpoint.save_model(
-            directory, config=config, facts=facts, **networks, centers=centers, step=step
+            directory, config=config, origin=origin, **networks, centers=centers, step=step
         )
     lines = [
         {"step": 20, "loss": 2.0, "knn/top1/10": 71.5, "knn/top5/10": 90.0, "knn/top1/20": 70.25},
@@ -285,7 +285,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     networks = {name: random_params(config, 0) for name in ("student", "teacher")}
     networks["teacher"]["backbone"]["norm"]["bias"][7] = np.inf
     centers = {head: np.zeros(12, np.float32) for head in ("view", "region")}
-    checkpoint.save_model(tmp_path / "run", config=config, facts={}, **networks, centers=centers)
+    checkpoint.save_model(tmp_path / "run", config=config, origin={}, **networks, centers=centers)
     message = "norm.bias of the teacher: 1 of its 32 values are not finite"
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", tmp_path / "out", format="esvit")

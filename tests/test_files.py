@@ -43,7 +43,7 @@ def test_files_of_torch(tmp_path):
     loaded = checkpoint.load_model(tmp_path / "a")
     assert_same(loaded.student, student)
     assert_same(loaded.teacher, teacher)
-    assert loaded.facts["epoch"] == 7
+    assert loaded.origin["epoch"] == 7
     assert "left behind: optimizer, fp16_scaler, args" in lines
 
     model = {
@@ -53,7 +53,7 @@ def test_files_of_torch(tmp_path):
     half = {n: x.to(torch.bfloat16) if x.is_floating_point() else x for n, x in model.items()}
     torch.save({"model": half}, tmp_path / "b.pth")
     convert(tmp_path / "b.pth", tmp_path / "b")
-    bias = checkpoint.load_model(tmp_path / "b").params["backbone"]["norm"]["bias"]
+    bias = checkpoint.load_model(tmp_path / "b").network()["backbone"]["norm"]["bias"]
     np.testing.assert_array_equal(bias, half["norm.bias"].float().numpy())
 
 

@@ -77,9 +77,9 @@ def test_init_from_refuses_nan(tmp_path):
     config = small_config()
     teacher = random_params(config, 1)
     teacher["backbone"]["norm"]["bias"][3] = np.nan
-    facts = {"parts": "backbone"}
+    origin = {"parts": "backbone"}
     checkpoint.save_model(
-        tmp_path / "run", config=config, facts=facts, teacher={"backbone": teacher["backbone"]}
+        tmp_path / "run", config=config, origin=origin, teacher={"backbone": teacher["backbone"]}
     )
     with pytest.raises(UserError, match="backbone/norm/bias: 1 of its 32 values are not finite"):
         init_from(random_params(config, 2), str(tmp_path / "run"), "backbone")

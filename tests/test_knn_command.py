@@ -18,13 +18,13 @@ from esvit_jax.evaluate.knn import knn_accuracy
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
 
-def save_random(directory, config, seed, *, student_seed=None, facts=None):
+def save_random(directory, config, seed, *, student_seed=None, origin=None):
     """A workdir whose networks are random, at step 6."""
     teacher = random_params(config, seed)
     student = teacher if student_seed is None else random_params(config, student_seed)
     centers = {"view": np.zeros(32, np.float32), "region": np.zeros(32, np.float32)}
     checkpoint.save_model(
-        directory, config=config, facts=facts or {}, student=student, teacher=teacher,
+        directory, config=config, origin=origin or {}, student=student, teacher=teacher,
         centers=centers, step=6,
     )  # fmt: skip
     return directory

@@ -38,7 +38,7 @@ def workdir(tmp_path):
     config = config_of_64_pixels()
     networks = {"student": random_params(config, 1), "teacher": random_params(config, 2)}
     checkpoint.save_model(
-        tmp_path / "run", config=config, facts={}, **networks, step=30,
+        tmp_path / "run", config=config, origin={}, **networks, step=30,
         centers={"view": np.zeros(16, np.float32), "region": np.zeros(16, np.float32)},
     )  # fmt: skip
     return tmp_path / "run"
@@ -55,10 +55,10 @@ def test_three_lines_of_a_notebook(workdir):
     jax.tree.map(np.testing.assert_array_equal, variables["params"], teacher)
 
 
-def export(folder, config, tensors, facts):
+def export(folder, config, tensors, origin):
     folder.mkdir()
     save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, folder / "m.safetensors")
-    text = json.dumps({"config": flatten(config), "facts": facts})
+    text = json.dumps({"config": flatten(config), "facts": origin})
     (folder / "config.json").write_text(text)
 
 

@@ -180,7 +180,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(mode):
         return jax.lax.psum(state + batch["x"].sum(), steps.AXIS)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    step = parallel.lift(double, mode, donate=True)
+    step = parallel.on_all_devices(double, mode, donate=True)
     state = parallel.replicate(jnp.zeros(3), mode)
     batch = {"x": np.arange(8, dtype=np.float32).reshape(4, 2)}
     loop.compiled(step, state, batch, what="the step", log=SilentLog())
@@ -258,7 +258,7 @@ def run_steps(config, *, devices, mode, count=3):
     built = recipe.build(config, numbers)
     params = init_params(built.model, jax.random.key(0))
     state = parallel.replicate(create_state(built.model, built.optimizer, params), mode)
-    lifted = parallel.lift(built.step, mode, devices=jax.devices()[:devices])
+    lifted = parallel.on_all_devices(built.step, mode, devices=jax.devices()[:devices])
     r = np.random.default_rng(1)
     seen, features = [], None
     for _ in range(count):

@@ -19,7 +19,7 @@ def add_mean(total: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 def test_both_modes_give_the_mean_over_devices(mode: str, count: int):
     devices = jax.devices()[:count]
     x = np.arange(24, dtype=np.float32).reshape(count, -1, 3)
-    run = parallel.lift(add_mean, mode, devices=devices)
+    run = parallel.on_all_devices(add_mean, mode, devices=devices)
     total = run(jnp.ones(3), {"x": x})
     assert total.shape == (3,)  # replicated: no axis of devices
     np.testing.assert_array_equal(total, 1 + x.sum(axis=1).mean(axis=0))
@@ -33,7 +33,7 @@ def test_devices_tell_themselves_apart(mode: str):
         index = offset + jax.lax.axis_index(AXIS)
         return jax.lax.all_gather(index * 10 + batch["x"][0], AXIS)
 
-    run = parallel.lift(place, mode)
+    run = parallel.on_all_devices(place, mode)
     found = run(jnp.zeros((), jnp.int32), {"x": np.arange(4, dtype=np.int32)[:, None]})
     np.testing.assert_array_equal(found, [0, 11, 22, 33])
 
@@ -41,7 +41,7 @@ def test_devices_tell_themselves_apart(mode: str):
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_a_donated_state_is_gone(mode: str):
     state = parallel.replicate({"a": jnp.ones(3)}, mode)
-    run = parallel.lift(
+    run = parallel.on_all_devices(
         lambda state, batch: jax.tree.map(lambda x: x + batch["x"].mean(), state), mode, donate=True
     )
     new = run(state, {"x": np.ones((4, 2), np.float32)})

@@ -44,7 +44,7 @@ def taken() -> tuple[Recipe, TrainState, TrainState, dict[str, Any], np.ndarray]
     state = new_state(recipe)
     centers = {name: jnp.linspace(-1, 1, 32) for name in state.centers}
     state = dataclasses.replace(state, centers=centers, step=jnp.asarray(3, jnp.int32))
-    run = parallel.lift(recipe.step, "pmap", devices=jax.devices()[:1])
+    run = parallel.on_all_devices(recipe.step, "pmap", devices=jax.devices()[:1])
     new, scalars, features = run(state, random_batch())
     return recipe, state, new, scalars, np.asarray(features)
 
@@ -81,7 +81,7 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(taken):
         old, centers=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), old.centers),
         bad_steps=jnp.asarray(1, jnp.int32), skipped_steps=jnp.asarray(5, jnp.int32),
     )  # fmt: skip
-    run = parallel.lift(recipe.step, "pmap", devices=jax.devices()[:1])
+    run = parallel.on_all_devices(recipe.step, "pmap", devices=jax.devices()[:1])
     new, scalars, _ = run(broken, random_batch())
     assert not np.isfinite(scalars["loss"])
     assert (int(new.step), int(new.bad_steps), int(new.skipped_steps)) == (4, 2, 6)
@@ -116,7 +116,7 @@ def test_feature_step_gathers_all_devices_images():
         "label": np.arange(8, dtype=np.int32).reshape(4, 2),
         "mask": np.arange(8).reshape(4, 2) < 5,
     }
-    found = parallel.lift(step, "pmap")(jnp.asarray(2.0), batch)
+    found = parallel.on_all_devices(step, "pmap")(jnp.asarray(2.0), batch)
     np.testing.assert_array_equal(found["features"], 2 * np.arange(8.0))
     np.testing.assert_array_equal(found["label"], np.arange(8))
     np.testing.assert_array_equal(found["mask"], np.arange(8) < 5)

@@ -106,8 +106,8 @@ def bench_step(work: Workload, rounds: int) -> StepSpeed:
 def compile_step(work: Workload) -> tuple[Any, Callable[[], Any]]:
     """The compiled step, and a call that takes one step further each time."""
     state = parallel.replicate(work.state, work.config.parallel)
-    lifted = parallel.lift(work.recipe.step, work.config.parallel, donate=True)
-    compiled = lifted.lower(state, work.batch).compile()
+    step = parallel.on_all_devices(work.recipe.step, work.config.parallel, donate=True)
+    compiled = step.lower(state, work.batch).compile()
 
     def run_step():
         nonlocal state

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     train, test = sources
     report = {
         "step": loaded.step,
-        "key": arguments.key or loaded.facts.get("key", "teacher"),
+        "key": arguments.key or loaded.origin.get("key", "teacher"),
         "data": train.name,
         "train_split": train.split,
         "test_split": test.split,

@@ -194,14 +194,12 @@ def train_batches(
         max_bad_records=(max_bad_records, 0),
     )
     _check_processes(batch_size, process_index, process_count)
-    bad_records = _BadRecords(source, max_bad_records)
+    bad_records, share = _BadRecords(source, max_bad_records), batch_size // process_count
     if isinstance(source, TFRecordSource):
-        records = source.shuffled(
-            seed, start_step=start_step, process_index=process_index, process_count=process_count
-        )
+        process = {"process_index": process_index, "process_count": process_count}
+        records = source.shuffled(seed, start_step=start_step, **process)
         decode_record = functools.partial(_decode_record, canvas_size=canvas_size)
-        examples = _map_ahead(decode_record, records, num_threads)
-        return _stream_batches(examples, batch_size // process_count, bad_records)
+        return _stream_batches(_map_ahead(decode_record, records, num_threads), share, bad_records)
 
     decoded = _Decoded(source, canvas_size, max_bad_records)
     batches = _Batches(

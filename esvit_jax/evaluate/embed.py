@@ -199,7 +199,7 @@ class _Work:
 
     def batches(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Columns of the batches from `first` on; labels are -1 where there are none."""
-        params = self._loaded.params["backbone"]
+        params = self._loaded.network()["backbone"]
         for batch in self.extractor.batches(params, self.source, first):
             yield batch["features"] | {"label": batch["label"], "id": np.array(batch["id"], str)}
 
@@ -208,10 +208,10 @@ class _Work:
         loaded, config, source = self._loaded, self._config, self.source
         regions = ["region_features"] if self._regions else []
         params = hashlib.sha1()
-        for array in jax.tree.leaves(loaded.params["backbone"]):
+        for array in jax.tree.leaves(loaded.network()["backbone"]):
             params.update(np.asarray(array).tobytes())
         return {
-            "network": loaded.facts.get("key", "teacher"),
+            "network": loaded.origin.get("key", "teacher"),
             "params_sha1": params.hexdigest(),
             "step": loaded.step,
             "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},

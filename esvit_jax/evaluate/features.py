@@ -79,7 +79,7 @@ class FeatureExtractor:
             config.evaluate.batch_size, [len(source) for source in sources], jax.device_count()
         )
         step = functools.partial(steps.feature_step, extract=extract)
-        self._step = parallel.lift(step, config.parallel)
+        self._step = parallel.on_all_devices(step, config.parallel)
         self._progress = "features"
 
     def batches(

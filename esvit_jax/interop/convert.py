@@ -112,7 +112,7 @@ def _save(
         origin["parts"] = "backbone"
         student, teacher, centers = None, chosen, None
     checkpoint.save_model(
-        folder, config=config, facts=origin, student=student, teacher=teacher, centers=centers
+        folder, config=config, origin=origin, student=student, teacher=teacher, centers=centers
     )
 
 

@@ -77,7 +77,7 @@ def write_config(source: Exportable, format: str, folder: Path) -> None:
     loaded = source.loaded
     config = loaded.config.copy_and_resolve_references()
     config.evaluate.size = source.image_size
-    origin = loaded.facts | {"format": format, "key": source.key, "step": loaded.step}
+    origin = loaded.origin | {"format": format, "key": source.key, "step": loaded.step}
     checkpoint.write_config(folder, config, origin, FORMATS[format].config_file)
 
 
@@ -156,7 +156,7 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
 
 def describe_training(source: Exportable) -> str:
     """Steps and data, as far as they are known."""
-    config, origin, step = source.loaded.config, source.loaded.facts, source.loaded.step
+    config, origin, step = source.loaded.config, source.loaded.origin, source.loaded.step
     if "source" in origin:
         epoch = f", epoch {origin['epoch']}" if origin.get("epoch") else ""
         return f"unknown here: converted from {origin['source']}{epoch}"

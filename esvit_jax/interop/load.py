@@ -82,7 +82,7 @@ def _read_checkpoint(workdir: str) -> tuple[ConfigDict, Any]:
     """The config and the backbone's params of a run or a converted checkpoint."""
     with renamed(workdir="path"):
         loaded = checkpoint.load_model(workdir)
-    params = loaded.params["backbone"]
+    params = loaded.network()["backbone"]
     for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
         raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=workdir)
     return loaded.config, params

@@ -83,11 +83,11 @@ def measure(
         jax.random.key(0),
     )
     batch = batch_shapes(config, len(devices), numbers.images_per_device)
-    lifted: Any = parallel.lift(recipe.step, config.parallel, donate=True, devices=devices)
+    step: Any = parallel.on_all_devices(recipe.step, config.parallel, donate=True, devices=devices)
     if quick and machine.chip:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     start = time.perf_counter()
-    program = compile_program(lifted.lower(state, batch))
+    program = compile_program(step.lower(state, batch))
     seconds = time.perf_counter() - start
 
     cores, memory = len(devices) // chips, machine.memory

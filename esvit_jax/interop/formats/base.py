@@ -107,11 +107,10 @@ def load_exportable(
       UserError: there is no such model, its weights are not finite, or `image_size` is smaller
         than a patch or too large.
     """
-    if key not in (None, "teacher", "student"):
-        raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
     loaded = checkpoint.load_model(workdir, step)
+    network = loaded.network(key)
     config = loaded.config
-    chosen: str = key or loaded.facts.get("key", "teacher")
+    chosen: str = key or loaded.origin.get("key", "teacher")
     backbone = _in_float32(loaded.model.backbone)
     size = image_size
     if size is None:
@@ -120,7 +119,6 @@ def load_exportable(
     if not patch_size <= size <= LARGEST_IMAGE:
         message = f"it must be from {patch_size}, one patch, to {LARGEST_IMAGE}"
         raise UserError(message, argument="image_size", value=size)
-    network = loaded.student if chosen == "student" else loaded.teacher
     params = jax.tree.map(np.asarray, network["backbone"])
     for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
         raise UserError(f"{workdir}: {name} of the {chosen}: {words}")

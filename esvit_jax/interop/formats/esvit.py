@@ -67,7 +67,7 @@ def published_content(source: Exportable) -> dict[str, Tensors]:
     """{"student", "teacher", "dino_loss"}, or the one backbone that there is."""
     loaded = source.loaded
     networks = {"student": loaded.student, "teacher": loaded.teacher}
-    if loaded.facts.get("parts") == "backbone":
+    if loaded.origin.get("parts") == "backbone":
         networks = {source.key: networks[source.key]}
     content = {
         name: state_dict_from_params(params) | source.family.buffer_tensors(source.backbone)
@@ -86,10 +86,10 @@ def published_content(source: Exportable) -> dict[str, Tensors]:
 
 def epochs(source: Exportable) -> int:
     """Whole epochs of training behind the checkpoint, as far as is known."""
-    facts = source.loaded.facts
-    if "steps_per_epoch" in facts:
-        return source.loaded.step // facts["steps_per_epoch"]
-    return facts.get("epoch") or 0
+    origin = source.loaded.origin
+    if "steps_per_epoch" in origin:
+        return source.loaded.step // origin["steps_per_epoch"]
+    return origin.get("epoch") or 0
 
 
 def read_params(file: Path, key: str) -> Any:
