@@ -114,9 +114,8 @@ def train_step(
       teacher_temp: function of the step.
 
     Returns:
-      The new state, scalars (mean over all devices), and view features of the teacher of the
-      whole batch, f32[images, d]. A step whose loss or gradient is not finite changes nothing but
-      the two counters.
+      The new state, scalars (mean over all devices), and the teacher's view features of the whole
+      batch, f32[images, d]. A step that is not finite changes nothing but the two counters.
     """
     image_keys, drop_keys = step_keys(
         jax.random.fold_in(jax.random.key(options.seed), state.step),

@@ -176,8 +176,7 @@ def train_batches(
       num_threads: threads that decode, in each of those processes, ≥ 1.
       max_bad_records: distinct records that this process may find undecodable. They are named in
         the log and replaced by the next one that decodes.
-      process_index: index of this process (`jax.process_index()`).
-      process_count: number of processes that share a batch.
+      process_index, process_count: of this process, and of all that share a batch.
 
     Raises:
       UserError: at once, on an argument out of its range or a `batch_size` that the processes
