@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from esvit_jax.bench import inputs
+from esvit_jax.bench.block import Block, block_cost
 from esvit_jax.bench.losses import bench_losses, plain_losses, random_outputs
 from esvit_jax.bench.step import step_parts, workload
 from esvit_jax.bench.timing import time_in_turns
@@ -17,6 +18,7 @@ from esvit_jax.commands import bench as command
 from esvit_jax.config import flatten
 from esvit_jax.errors import UserError
 from esvit_jax.losses import esvit_loss
+from esvit_jax.planning.topology import parse_topology
 
 reads_a_file = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 PHOTOS = str(Path(__file__).parent / "data" / "photos")
@@ -186,3 +188,23 @@ def load_params(torch, network, params, to_huggingface, state_dict_from_params):
         for name in ("weight_g", "weight_v"):
             state[name] = torch.tensor(np.asarray(ours["last_layer"][name]))
         module.load_state_dict(state)
+
+
+def test_a_block_on_this_machine_has_no_estimates():
+    with pytest.raises(UserError, match="^topology = 'cpu': it has no estimates"):
+        block_cost(Block(2, 7, 16, 1, 0), parse_topology("cpu"), "float32")
+
+
+@pytest.mark.slow
+def test_a_block_on_a_tpu(monkeypatch):
+    pytest.importorskip("libtpu")
+    topology = parse_topology("v5e:1x1")
+    for name, value in topology.environment().items():
+        monkeypatch.setenv(name, value)
+    small, large = (
+        block_cost(Block(maps, 14, 96, 3, 3), topology, "float32") for maps in (32, 256)
+    )
+    rows, width = 32 * 14 * 14, 128 * 2  # features are padded to 128 places of two bytes
+    assert small.bytes_accessed > 4 * rows * width  # in, out, their gradients
+    assert 4 * small.cycles < large.cycles < 10 * small.cycles
+    assert small.bytes_accessed < large.bytes_accessed

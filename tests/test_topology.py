@@ -40,6 +40,7 @@ def test_environment(name, expected):
     environment = Topology(name, CHIPS[generation], sizes).environment()
     assert environment["TPU_ACCELERATOR_TYPE"] == expected
     assert environment["JAX_PLATFORMS"] == "cpu"
+    assert environment["JAX_ENABLE_COMPILATION_CACHE"] == "false"
     assert Topology("cpu").environment() == {"JAX_PLATFORMS": "cpu"}
 
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from esvit_jax.planning import traffic
+from esvit_jax.errors import UserError
+from esvit_jax.planning import cycles
+from esvit_jax.planning.hlo import Module
 from esvit_jax.planning.topology import Topology, parse_topology
 
 
@@ -38,8 +40,15 @@ class Block(NamedTuple):
 
 
 class BlockCost(NamedTuple):
-    """Bytes moved to and from main memory, and bytes of temporaries."""
+    """Forward and backward on one of a chip's cores.
 
+    Attributes:
+      cycles: that the compiler's cost model expects.
+      bytes_accessed: moved to and from main memory.
+      temp_bytes: of temporaries.
+    """
+
+    cycles: int
     bytes_accessed: int
     temp_bytes: int
 
@@ -62,7 +71,13 @@ def block_cost(block: Block, topology: Topology, logits_dtype: str) -> BlockCost
       block: which.
       topology: of TPUs; one of its devices is compiled for.
       logits_dtype: of the attention logits.
+
+    Raises:
+      UserError: a topology that is not of TPUs.
     """
+    if topology.chip is None:
+        message = "it has no estimates; name one of TPUs, such as v5e:2x4"
+        raise UserError(message, argument="topology", value=topology.name)
     import jax
     import jax.numpy as jnp
 
@@ -91,8 +106,12 @@ def block_cost(block: Block, topology: Topology, logits_dtype: str) -> BlockCost
     params = jax.tree.map(placed, jax.eval_shape(init, rows))
     compiled = jax.jit(run).lower(params, rows, rows).compile()
     memory: Any = compiled.memory_analysis()
-    text = compiled.as_text() or ""
-    return BlockCost(traffic.bytes_accessed(text), memory.temp_size_in_bytes)
+    costs = list(cycles.costs(Module(compiled.as_text() or ""), topology.chip, 1))
+    return BlockCost(
+        cycles=sum(x.times * x.cycles for x in costs),
+        bytes_accessed=sum(x.times * x.bytes for x in costs),
+        temp_bytes=memory.temp_size_in_bytes,
+    )
 
 
 def main() -> None:
@@ -105,7 +124,8 @@ def main() -> None:
     os.environ.update(topology.environment())  # before jax looks for devices
     console = Console()
     table = Table(
-        "maps", "tokens", "features", "heads", "shift", "moved, GB", "temporaries, GB",
+        "maps", "tokens", "features", "heads", "shift",
+        "estimated Mcycles", "moved, GB", "temporaries, GB",
         title=f"blocks on {topology.name}, logits in {arguments.logits_dtype}",
     )  # fmt: skip
     for block in BLOCKS:
@@ -114,7 +134,8 @@ def main() -> None:
         table.add_row(
             str(block.maps), f"{block.side} x {block.side}",
             *(str(x) for x in (block.dim, block.heads, block.shift)),
-            f"{cost.bytes_accessed / 1e9:.2f}", f"{cost.temp_bytes / 1e9:.2f}",
+            f"{cost.cycles / 1e6:.2f}", f"{cost.bytes_accessed / 1e9:.2f}",
+            f"{cost.temp_bytes / 1e9:.2f}",
         )  # fmt: skip
         if not console.is_interactive:
             console.print(f"{block}: {cost}", highlight=False, soft_wrap=True)

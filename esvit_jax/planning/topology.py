@@ -54,6 +54,8 @@ class Topology:
             "TPU_ACCELERATOR_TYPE": self.chip.accelerator_type.format(cores),
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_WORKER_ID": "0",
+            # Programs for chips that are not here can be kept, but not read back.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
             # Nothing is run on a TPU, so one that is in use here need not be waited for.
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
