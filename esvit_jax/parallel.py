@@ -6,7 +6,7 @@ them on all. Batches are numpy arrays [local devices, b, ...]; states are replic
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from esvit_jax.steps import AXIS
 Result = TypeVar("Result", covariant=True)
 
 
+@runtime_checkable
 class OnAllDevices(Protocol[Result]):
     """A step on all devices, of (replicated, [local devices, b, ...])."""
 

@@ -7,20 +7,26 @@ largest relative error of a step.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
+from jaxtyping import PyTree
 
 from esvit_jax import optim, parallel, steps
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
 from esvit_jax.models import EsViT, Swin
 from esvit_jax.state import TrainState, create_state
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -61,7 +67,7 @@ def normalize(view: np.ndarray) -> np.ndarray:
     return ((view / 255.0 - MEAN) / STD).astype(np.float32)
 
 
-def given_views(keys: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def given_views(keys: object, batch: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
     """In place of the augmentation: the batch holds the views already, images first."""
     return {name: rearrange(x, "b v ... -> v b ...") for name, x in batch.items()}
 
@@ -87,21 +93,25 @@ def trajectory_views(config: dict[str, Any], it: int) -> list[np.ndarray]:
     return views
 
 
-def table(values: np.ndarray) -> optim.Schedule:
-    """A schedule read from an array with one value a step."""
-    values = jnp.asarray(values, jnp.float32)
-    return lambda step: values[step]
+def table(values: Sequence[float]) -> optim.Schedule:
+    """A schedule read from one value a step."""
+    array = jnp.asarray(values, jnp.float32)
+    return lambda step: array[step]
 
 
-def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimiser, with the last gradients in front of its state."""
+def keep_gradients(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The same chain, with the last gradients in front of its state, which is a tuple."""
 
-    def init(params):
-        return (jax.tree.map(jnp.zeros_like, params), *optimizer.init(params))
+    def init(params: PyTree) -> PyTree:
+        return (jax.tree.map(jnp.zeros_like, params), *cast(tuple, optimizer.init(params)))
 
-    def update(gradients, state, params=None, **extra):
-        updates, new_state = optimizer.update(gradients, state[1:], params, **extra)
-        return updates, (gradients, *new_state)
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        new_updates, new_state = optimizer.update(updates, state[1:], params, **extra)
+        return new_updates, (updates, *cast(tuple, new_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -121,7 +131,7 @@ class Replay:
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike,
         *,
         parallel_mode: str = "pmap",
         prototype_chunk: int = 0,
@@ -236,7 +246,8 @@ class Replay:
         teacher = params_from_state_dict(tensors(golden, "teacher/"))
         centers = {"view": golden["center"][0], "region": golden["center_grid"][0]}
         state = create_state(self.model, self.optimizer, student)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=jnp.asarray(self.count, jnp.int32),
             opt_state=(*state.opt_state[:-1], optim.TeacherState(teacher)),
             centers=centers,

@@ -1,5 +1,7 @@
 """Window attention against autodiff of the plain formula, its geometry against loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,16 +40,13 @@ def out_and_gradients(function, given, d_out):
 @pytest.mark.parametrize("scale", [0.3, 3.0])  # weights that are nearly even, and nearly one-hot
 def test_equals_the_plain_formula(scale, mask):
     given, d_out = arguments(scale, mask), normal(4, *SHAPE)
-
-    def ours(*given):
-        return window_attention(*given, jnp.float32)
-
+    ours = functools.partial(window_attention, logits_dtype=jnp.float32)
     out, gradients = out_and_gradients(ours, given, d_out)
     expected, expected_gradients = out_and_gradients(plain_attention, given, d_out)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-    for name, ours, theirs in zip(NAMES, gradients, expected_gradients, strict=True):
-        assert ours.shape == theirs.shape and ours.dtype == jnp.float32
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    for name, gradient, expected in zip(NAMES, gradients, expected_gradients, strict=True):
+        assert gradient.shape == expected.shape and gradient.dtype == jnp.float32
+        error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
         assert error < 1e-5, (name, error)
 
 
@@ -68,9 +67,7 @@ def test_bfloat16(logits_dtype):
     def plain(*given):
         return plain_attention(*(x.astype(jnp.bfloat16) for x in given))
 
-    def ours(*given):
-        return window_attention(*given, jnp.dtype(logits_dtype))
-
+    ours = functools.partial(window_attention, logits_dtype=jnp.dtype(logits_dtype))
     out, gradients = out_and_gradients(ours, (*half, given[3]), d_out)
     assert {x.dtype.name for x in (out, *gradients[:3])} == {"bfloat16"}
     assert gradients[3].dtype == jnp.float32
@@ -99,7 +96,7 @@ def test_keeps_one_array_of_weights():
         _, backward = jax.vjp(function, *given)
         return sum(x.shape == (*SHAPE[:4], SHAPE[3]) for x in jax.tree.leaves(backward))
 
-    assert kept(lambda *given: window_attention(*given, jnp.float32)) == 1
+    assert kept(functools.partial(window_attention, logits_dtype=jnp.float32)) == 1
     assert kept(plain_attention) > 1
 
 

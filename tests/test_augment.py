@@ -24,7 +24,7 @@ def photo(path):
     return Image.open(path).convert("RGB")
 
 
-def on_canvas(image, fill=0):
+def on_canvas(image, fill: int | None = 0):
     """The photo in the corner of a canvas, and its size; beside it `fill`, or noise for None."""
     shape = (CANVAS, CANVAS, 3)
     noise = np.random.default_rng(1).integers(0, 256, shape)
@@ -63,6 +63,10 @@ def test_photos_are_there():
     assert len(PHOTOS) == 4
 
 
+def test_view_options_are_the_section_of_the_config():
+    assert set(aug.ViewOptions.__annotations__) == set(default_config().views)
+
+
 # -- Operations against Pillow --------------------------------------------------------------------
 
 
@@ -74,7 +78,9 @@ def test_resized_crop_is_pillows_crop_then_resize(image, out):
     corner = (h - 150, w - 222, 150, 222)
     canvas, _ = on_canvas(image, fill=None)
     for y, x, height, width in [(0, 0, h, w), inside, small, corner, (0, 7, 90, 90)]:
-        expected = image.crop((x, y, x + width, y + height)).resize((out, out), Image.BICUBIC)
+        expected = image.crop((x, y, x + width, y + height)).resize(
+            (out, out), Image.Resampling.BICUBIC
+        )
         ours = crop_from_canvas(canvas, jnp.array([y, x, height, width]), False, out)
         assert error(ours, expected) < 0.6
         difference = np.abs(np.moveaxis(np.asarray(ours), 0, -1) - np.asarray(expected, np.float32))
@@ -199,7 +205,7 @@ def published():
 def view_with_pillow(image, p, size, views):
     """The whole chain for one view, every step a call of Pillow."""
     y, x, h, w = p.box.tolist()
-    view = image.crop((x, y, x + w, y + h)).resize((size, size), Image.BICUBIC)
+    view = image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
     view = ImageOps.mirror(view) if p.flip else view
     for operation in p.order.tolist() if p.hue != 0 else []:
         view = OPERATIONS[operation](view, p.factors.tolist(), float(p.hue))
@@ -231,7 +237,7 @@ def pillow_center(image, view_size, resized):
     """torchvision's Resize(resized, bicubic) and CenterCrop(view_size)."""
     w, h = image.size
     shape = (resized, int(resized * h / w)) if w <= h else (int(resized * w / h), resized)
-    image = image.resize(shape, Image.BICUBIC)
+    image = image.resize(shape, Image.Resampling.BICUBIC)
     left, top = round((image.width - view_size) / 2), round((image.height - view_size) / 2)
     return image.crop((left, top, left + view_size, top + view_size))
 
@@ -241,7 +247,10 @@ def pillow_center(image, view_size, resized):
 )
 def test_center_view_is_torchvisions(view_size, crop, resized):
     images = [photo(path) for path in PHOTOS]
-    images += [photo(PHOTOS[3]).transpose(Image.ROTATE_90), photo(PHOTOS[1]).crop((0, 0, 31, 90))]
+    images += [
+        photo(PHOTOS[3]).transpose(Image.Transpose.ROTATE_90),
+        photo(PHOTOS[1]).crop((0, 0, 31, 90)),
+    ]
     canvas, size = map(
         jnp.stack, zip(*[on_canvas(image, fill=None) for image in images], strict=True)
     )
@@ -352,6 +361,11 @@ def loop_box(rng, height, width, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w, 10
 
 
+def assert_same_distribution(ours, theirs):
+    result = stats.ks_2samp(ours, theirs)
+    assert result.pvalue > 1e-4  # pyright: ignore[reportAttributeAccessIssue]  (scipy is untyped)
+
+
 @pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (100, 260), (28, 28)])
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_boxes_are_distributed_as_torchvisions(height, width, scale):
@@ -362,10 +376,9 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
     for i in range(4):
-        assert stats.ks_2samp(ours[:, i], expected[:, i]).pvalue > 1e-4, "y x h w"[2 * i]
-    area = (ours[:, 2] * ours[:, 3], expected[:, 2] * expected[:, 3])
-    assert stats.ks_2samp(*area).pvalue > 1e-4
-    assert stats.ks_2samp(ours[:, 3] / ours[:, 2], expected[:, 3] / expected[:, 2]).pvalue > 1e-4
+        assert_same_distribution(ours[:, i], expected[:, i])
+    assert_same_distribution(ours[:, 2] * ours[:, 3], expected[:, 2] * expected[:, 3])
+    assert_same_distribution(ours[:, 3] / ours[:, 2], expected[:, 3] / expected[:, 2])
 
 
 def test_box_takes_the_first_try_that_fits_and_replays_the_loop():
@@ -405,12 +418,12 @@ def small(num_local=3):
     return jitted(views)
 
 
-def small_batch(fill=0):
+def small_batch(fill: int | None = 0):
     size = jnp.array([[48, 48], [30, 41], [48, 20], [28, 28]])
     rng = np.random.default_rng(0)
     canvas = rng.integers(0, 256, (4, 48, 48, 3), np.uint8)
     beside = rng.integers(0, 256, canvas.shape, np.uint8) if fill is None else fill
-    inside = (np.indices((48, 48))[:, None] < np.asarray(size).T[:, :, None, None]).all(0)
+    inside = np.all(np.indices((48, 48))[:, None] < np.asarray(size).T[:, :, None, None], axis=0)
     return jnp.asarray(np.where(inside[..., None], canvas, beside).astype(np.uint8)), size
 
 

@@ -35,7 +35,7 @@ def test_feature_monitors_at_their_ends():
     assert float(feature_std(features=same)) < 1e-4
     assert float(effective_rank(features=same)) == pytest.approx(1, abs=1e-3)
     # The length of a vector is no spread of its direction.
-    longer = same * jnp.arange(1, 97)[:, None]
+    longer = same * jnp.arange(1.0, 97.0)[:, None]
     assert float(feature_std(features=longer)) < 1e-4
     zeros = jnp.zeros((8, 4))
     assert float(feature_std(features=zeros)) == 0

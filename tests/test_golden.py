@@ -111,7 +111,8 @@ def write(path, golden, drop=(), config=None, **arrays):
     """The file without some arrays, and with some others."""
     kept = {k: golden[k] for k in golden.files if not k.startswith(tuple(drop))}
     fields = json.loads(str(golden["config"])) | (config or {})
-    np.savez(path, **kept | arrays | {"config": json.dumps(fields)})
+    arrays = kept | arrays | {"config": np.asarray(json.dumps(fields))}
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 @pytest.mark.slow
@@ -161,7 +162,8 @@ def test_other_networks_and_files_without_trajectory(tmp_path):
     assert all(np.isfinite(e) for e in errors.values() if e is not None)
     assert_close(replay.outputs() | {"pooled": errors["pooled"]})
     # With nothing but itself to compare with, an update is small and is not nothing.
-    assert 1e-6 < errors["max_student_after"] < 2.0
+    moved = errors["max_student_after"]
+    assert moved is not None and 1e-6 < moved < 2.0
 
 
 # Twice what was measured; `max_grad` is that of the worst tensor.
@@ -179,8 +181,9 @@ def test_bfloat16_is_near():
     replay = Replay(GOLDEN, dtype="bfloat16")
     errors = replay.outputs() | replay.one_step() | replay.features()
     assert errors.keys() == BFLOAT16.keys()
-    assert all(error < BFLOAT16[name] for name, error in errors.items()), errors
-    assert errors["student_feat"] > 1e-4  # it is bfloat16 indeed
+    for name, error in errors.items():
+        assert error is not None and error < BFLOAT16[name], errors
+        assert error > 1e-4 or name != "student_feat"  # it is bfloat16 indeed
 
 
 @pytest.mark.slow

@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.typing import DTypeLike
 
 from esvit_jax.models import EsViT, Swin
 from esvit_jax.models.heads import ProjectionHead, Prototypes
 from esvit_jax.models.layers import l2_normalize
 
-HEAD = dict(num_prototypes=12, hidden_dim=10, bottleneck_dim=6)
+
+def small_head(dtype: DTypeLike = jnp.float32) -> ProjectionHead:
+    return ProjectionHead(num_prototypes=12, hidden_dim=10, bottleneck_dim=6, dtype=dtype)
 
 
 def random_params(module, *inputs):
@@ -19,6 +23,12 @@ def random_params(module, *inputs):
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32), params)
+
+
+def apply(module: nn.Module, params, *inputs) -> jax.Array:
+    out = module.apply({"params": params}, *inputs)
+    assert isinstance(out, jax.Array)
+    return out
 
 
 def reference_head(x, params):
@@ -36,18 +46,18 @@ def reference_head(x, params):
 def test_head_equals_numpy():
     """Three linears with the exact GELU; the tanh one is off by 1e-4."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 8)), jnp.float32)
-    head = ProjectionHead(**HEAD)
+    head = small_head()
     params = random_params(head, x)
-    out = head.apply({"params": params}, x)
+    out = apply(head, params, x)
     np.testing.assert_allclose(out, reference_head(x, params), rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1.0, atol=1e-6)
 
 
 def test_bfloat16_head_returns_float32_of_length_1():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(7, 8)), jnp.float32)
-    head = ProjectionHead(**HEAD, dtype=jnp.bfloat16)
+    head = small_head(jnp.bfloat16)
     params = random_params(head, x)
-    out = head.apply({"params": params}, x)
+    out = apply(head, params, x)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1.0, atol=1e-6)
     np.testing.assert_allclose(out, reference_head(x, params), atol=0.03)
@@ -60,10 +70,10 @@ def test_prototypes_are_g_v_over_norm_of_v(fixed_norm):
     params = random_params(module)
     g, v = (np.asarray(params[name], np.float64) for name in ("weight_g", "weight_v"))
     expected = g * v / np.sqrt((v**2).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(module.apply({"params": params}), expected, rtol=1e-5)
+    np.testing.assert_allclose(apply(module, params), expected, rtol=1e-5)
 
     towards = jnp.asarray(np.random.default_rng(2).normal(size=(12, 6)), jnp.float32)
-    gradients = jax.grad(lambda p: jnp.sum(module.apply({"params": p}) * towards))(params)
+    gradients = jax.grad(lambda p: jnp.sum(apply(module, p) * towards))(params)
     unit = v / np.linalg.norm(v, axis=1, keepdims=True)
     along = (unit * np.asarray(towards)).sum(axis=1, keepdims=True)
     expected = g / np.linalg.norm(v, axis=1, keepdims=True) * (towards - along * unit)
@@ -106,7 +116,7 @@ def test_normalisation_at_zero_is_finite():
 def test_network_applies_heads_to_views_and_regions(region):
     """View-major rows; the view head sees mean regions, the region head each region."""
     backbone = Swin(4, (1,), (1,), window_size=2, patch_size=2, image_size=8)
-    model = EsViT(backbone, **HEAD, region=region)
+    model = EsViT(backbone, num_prototypes=12, hidden_dim=10, bottleneck_dim=6, region=region)
     rng = np.random.default_rng(3)
     stacks = [
         jnp.asarray(rng.normal(size=(v, 3, s, s, 3)), jnp.float32) for v, s in ((2, 8), (1, 4))

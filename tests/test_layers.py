@@ -23,8 +23,10 @@ def test_gelu_and_its_gradient(dtype, atol):
     assert out.dtype == gradient.dtype == x.dtype
 
 
-def drop(rate, x, images):
-    return DropPath(rate).apply({}, x, images, True, rngs={"drop_path": jax.random.key(3)})
+def drop(rate, x, images) -> jax.Array:
+    out = DropPath(rate).apply({}, x, images, True, rngs={"drop_path": jax.random.key(3)})
+    assert isinstance(out, jax.Array)
+    return out
 
 
 def test_drop_path_is_nothing_at_rate_0_and_when_not_training():

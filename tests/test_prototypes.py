@@ -88,6 +88,7 @@ def test_cross_entropy_and_its_gradients_through_g_and_v(chunk):
 
     def loss(z, params):
         w = Prototypes(13, 6, False).apply({"params": params})
+        assert isinstance(w, jax.Array)
         normalizer, _ = log_normalizer(z, w, 0.1, chunk)
         expected, _ = expected_prototypes(a["t"], a["teacher_w"], w, a["center"], 0.07, chunk)
         return jnp.mean(normalizer - jnp.sum(z * expected, axis=-1) / 0.1)
@@ -129,7 +130,8 @@ def test_large_logits_stay_finite(scale, chunk):
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     (_, outputs), gradients = run(z, w)
     assert all(np.all(np.isfinite(x)) for x in (*outputs, *gradients))
-    logits = (lambda z, w: z @ w.T)(*f64(z, w))
+    rows, prototypes = f64(z, w)
+    logits = rows @ prototypes.T
     np.testing.assert_allclose(outputs[0], (logits / 0.1).max(axis=1), rtol=1e-6)
     best = logits.argmax(axis=1)
     np.testing.assert_allclose(outputs[2], np.asarray(w)[best], rtol=1e-6)

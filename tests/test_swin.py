@@ -18,7 +18,7 @@ from esvit_jax.models.swin import (
     SwinBlock,
 )
 
-TINY = dict(
+TINY = Swin(
     embed_dim=4, depths=(2, 2), num_heads=(1, 2), window_size=3, patch_size=2, image_size=16
 )
 
@@ -123,12 +123,12 @@ def reference_swin(image, p, backbone):
         x[i, j] = norm(value, embed["norm"])
     maps, attention = [], []
     for i, depth in enumerate(backbone.depths):
+        last = i == len(backbone.depths) - 1
         window, shift = backbone.stage_window(i)
         for j in range(depth):
             x, weights = reference_block(
                 x, p[f"layers_{i}"][f"blocks_{j}"], backbone.num_heads[i], window, shift * (j % 2)
             )
-            last = i == len(backbone.depths) - 1
             maps.append(np.apply_along_axis(norm, -1, x, p["norm"]) if last else x)
             attention.append(weights)
         if not last:
@@ -193,12 +193,9 @@ def test_patch_merging(height, width):
 def test_whole_backbone_equals_loops(height, width):
     """Inputs of any size: padded to patches, odd maps, windows larger than the map."""
     images = normal(3, 2, height, width, 3)
-    backbone = Swin(**TINY)
-    params = random_params(backbone.init, images)
-    out = jax.jit(functools.partial(backbone.apply, outputs=("attention",)))(
-        {"params": params}, images
-    )
-    regions, pooled, attention = reference_swin(np.asarray(images[1]), params, backbone)
+    params = random_params(TINY.init, images)
+    out = jax.jit(functools.partial(TINY.forward, outputs=("attention",)))(params, images)
+    regions, pooled, attention = reference_swin(np.asarray(images[1]), params, TINY)
     np.testing.assert_allclose(out.region_features[1], regions, rtol=5e-5, atol=5e-5)
     np.testing.assert_allclose(
         out.view_features[1], regions.mean(axis=(0, 1)), rtol=5e-5, atol=5e-5
@@ -220,7 +217,7 @@ def parameters(embed_dim, depths, num_heads, windows):
         count += depth * (2 * d + attention + 2 * d + mlp)
         if i < len(depths) - 1:
             count += 2 * 4 * d + 4 * d * 2 * d
-    return count + 2 * d
+    return count + 2 * embed_dim * 2 ** (len(depths) - 1)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +303,7 @@ def test_drop_path_rates_grow_in_a_line():
             rates.append(context.module.rate)
         return call(*args, **kwargs)
 
-    backbone = Swin(**TINY | dict(depths=(2, 4)), drop_path_rate=0.3)
+    backbone = TINY.clone(depths=(2, 4), drop_path_rate=0.3)
     with nn.intercept_methods(watch):
         jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     expected = np.repeat([0.0, 0.06, 0.12, 0.18, 0.24, 0.3], 2)  # two branches a block
@@ -316,15 +313,14 @@ def test_drop_path_rates_grow_in_a_line():
 def test_remat_changes_nothing():
     """The same output and gradients, drop path included, from the same params."""
     images = normal(4, 4, 12, 16, 3)
-    fields = TINY | dict(depths=(2,), num_heads=(1,), drop_path_rate=0.5)
-    params = random_params(Swin(**fields).init, images)
+    small = TINY.clone(depths=(2,), num_heads=(1,), drop_path_rate=0.5)
+    params = random_params(small.init, images)
 
     def value_and_gradients(remat):
-        backbone = Swin(**fields, remat=remat)
+        backbone = small.clone(remat=remat)
 
         def loss(params):
-            rngs = {"drop_path": jax.random.key(5)}
-            out = backbone.apply({"params": params}, images, True, rngs=rngs)
+            out = backbone.forward(params, images, drop_key=jax.random.key(5))
             return jnp.sum(jnp.sin(out.region_features))
 
         return jax.jit(jax.value_and_grad(loss))(params), str(
@@ -355,23 +351,22 @@ def equations(jaxpr):
 @pytest.mark.parametrize("attention_dtype", ["float32", "bfloat16"])
 def test_bfloat16_is_for_products_only(attention_dtype):
     images = normal(6, 2, 16, 16, 3)
-    exact = Swin(**TINY)
-    params = random_params(exact.init, images)
-    backbone = Swin(**TINY, dtype=jnp.bfloat16, attention_dtype=attention_dtype)
+    params = random_params(TINY.init, images)
+    backbone = TINY.clone(dtype=jnp.bfloat16, attention_dtype=attention_dtype)
     own = jax.eval_shape(backbone.init, jax.random.key(0), images)["params"]
     assert {x.dtype for x in jax.tree.leaves(own)} == {jnp.dtype("float32")}
 
-    apply = functools.partial(backbone.apply, {"params": params}, outputs=("attention",))
-    out = jax.jit(apply)(images)
+    forward = functools.partial(backbone.forward, params, outputs=("attention",))
+    out = jax.jit(forward)(images)
     assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype("float32")}
     for weights in out.attention:
         np.testing.assert_allclose(weights.sum(axis=-1), 1.0, atol=1e-6)
     used = {"exp": set(), "rsqrt": set(), "dot_general": set(), "conv_general_dilated": set()}
-    for equation in equations(jax.make_jaxpr(apply)(images).jaxpr):
+    for equation in equations(jax.make_jaxpr(forward)(images).jaxpr):
         if equation.primitive.name in used:
             used[equation.primitive.name] |= {x.aval.dtype.name for x in equation.invars}
     assert used["exp"] == used["rsqrt"] == {"float32"}
     assert used["dot_general"] == used["conv_general_dilated"] == {"bfloat16"}
-    expected = jax.jit(exact.apply)({"params": params}, images).region_features
+    expected = jax.jit(TINY.forward)(params, images).region_features
     error = np.linalg.norm(out.region_features - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 7e-3
