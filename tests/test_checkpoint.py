@@ -98,7 +98,7 @@ def test_an_old_workdir_loads(old_workdir):
     different = jax.tree.map(lambda s, t: bool(np.any(s != t)), loaded.student, loaded.teacher)
     assert any(jax.tree.leaves(different))
     backbone, variables, _ = esvit_jax.load(old_workdir)
-    out = backbone.apply(variables, jnp.ones((2, 16, 16, 3)))
+    out = backbone.forward(variables["params"], jnp.ones((2, 16, 16, 3)))
     assert out.view_features.shape == (2, 16) and np.isfinite(out.view_features).all()
 
 

@@ -174,7 +174,7 @@ def test_key_chooses_the_network(tmp_path):
     tensors, student, _ = published(small_config(), **both_centers())
     file = write(tmp_path / "a.safetensors", tensors)
     convert(file, tmp_path / "a", key="student")
-    assert_same(checkpoint.load_model(tmp_path / "a").params, student)
+    assert_same(checkpoint.load_model(tmp_path / "a").network(), student)
     only = {name: x for name, x in tensors.items() if name.startswith("teacher.")}
     with pytest.raises(UserError, match="key = 'student': .* holds no student, only the teacher"):
         convert(write(tmp_path / "t.safetensors", only), tmp_path / "t", key="student")
