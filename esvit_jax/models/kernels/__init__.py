@@ -1,0 +1,1 @@
+"""Kernels written by hand, for what a compiler does badly."""

@@ -1,0 +1,437 @@
+"""Attention within the windows of maps, as a pair of kernels for TPUs.
+
+XLA's attention of a Swin waits: for copies that cut maps into windows and put them back, and for
+logits, which fill a third of the registers that hold them. Here a program takes whole maps as the
+projection leaves them, queries, keys and values side by side in rows b h w, and leaves its output
+in the same rows: windows, shifts and paddings are addresses. Logits never leave the chip; the
+backward pass computes them again (Dao et al. 2022, FlashAttention).
+
+Logits are held transposed, keys along rows and (head, query) along lanes, two heads of 49 tokens
+side by side: sums over keys are additions of registers, and the products for values' and keys'
+gradients need no transposition. A head's queries are told from its neighbour's by zeros in the
+lanes of the other: [(head, query), features of both] has two blocks, and one product with the
+keys gives the logits of both heads.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from esvit_jax.models.kernels.layout import LANES, Layout
+
+F32 = jnp.float32
+
+
+# Products of blocks. The names say which axes of the two factors are summed over.
+def _product(a: Any, b: Any, axes: tuple[int, int]) -> Any:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision,
+        preferred_element_type=F32,
+    )  # fmt: skip
+
+
+def _lane_of(shape: tuple[int, int], first: int, count: int) -> Any:
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lane >= first) & (lane < first + count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the maps of a program lie in its scratch memory: f32[planes, scratch rows, 128].
+
+    Rows of one tile of lanes lie without gaps, so 8 of them can be loaded from any row on. In
+    float32, as rows of bfloat16 come in pairs.
+    """
+
+    layout: Layout
+    maps: int  # of a program
+
+    @property
+    def used(self) -> int:
+        """Rows of a program's maps."""
+        return self.maps * self.layout.tokens
+
+    @property
+    def padding_start(self) -> int:
+        """First row of a line of padding; behind it, as before and behind the maps, is room."""
+        return -(-(self.used + 2 * self.layout.slots) // 8) * 8
+
+    @property
+    def scratch_rows(self) -> int:
+        """All rows."""
+        room = -(-(self.layout.width + 2 * self.layout.slots) // 8) * 8
+        return self.padding_start + (room if self.layout.padded else 0)
+
+    def line_row(self, index: Any, y: Any, line: int) -> tuple[Any, Any]:
+        """(row of a line's first column, whether the line is padding) in window row y."""
+        layout = self.layout
+        covered = layout.windows[0] * layout.lines
+        position = y * layout.lines + line + layout.shift
+        if layout.shift:
+            position = jnp.where(position >= covered, position - covered, position)
+        row = layout.slots + index * layout.tokens + position * layout.width
+        if covered == layout.height:
+            return row, None
+        outside = position >= layout.height
+        return jnp.where(outside, self.padding_start + layout.slots, row), outside
+
+    def slot_mask(self, x: int, line: int, padding: bool) -> Any:
+        """bool[slots, 128]: the slots of a line that hold tokens (or: padding)."""
+        slot = jax.lax.broadcasted_iota(jnp.int32, (self.layout.slots, LANES), 0)
+        mask = jnp.zeros(slot.shape, bool)
+        for start, count, column in self.layout.segments(x, line == 0):
+            if (column is None) == padding:
+                mask |= (slot >= start) & (slot < start + count)
+        return mask
+
+    def load(self, ref: Any, plane: int, lines: Any, x: int, padding: Any) -> Any:
+        """f32[rows, 128] of a window; `padding` f32[1, 128] fills in, or (None) 0 everywhere."""
+        slots = self.layout.slots
+        pieces = []
+        for line, (row, _) in enumerate(lines):
+            slot = jax.lax.broadcasted_iota(jnp.int32, (slots, LANES), 0)
+            piece = None
+            for start, _, column in self.layout.segments(x, line == 0):
+                if column is None:
+                    part = None if padding is None else jnp.broadcast_to(padding, (slots, LANES))
+                else:
+                    part = ref[plane, pl.ds(row + (column - start), slots), :]
+                if part is not None:
+                    piece = part if piece is None else jnp.where(slot >= start, part, piece)
+            assert piece is not None
+            if padding is None:
+                piece = jnp.where(self.slot_mask(x, line, False), piece, 0.0)
+            pieces.append(piece)
+        return jnp.concatenate(pieces, axis=0)
+
+    def store(self, ref: Any, plane: int, lines: Any, x: int, value: Any) -> None:
+        """Puts the tokens of f32[rows, 128] back; those of padded lines go to the padding."""
+        for line, (row, _) in enumerate(lines):
+            for start, count, column in self.layout.segments(x, line == 0):
+                if column is not None:
+                    first = line * self.layout.slots + start
+                    ref[plane, pl.ds(row + column, count), :] = value[first : first + count]
+
+    def padding_sum(self, lines: Any, x: int, value: Any) -> Any:
+        """f32[slots, 128]: what of f32[rows, 128] belongs to padding, summed over lines."""
+        total = jnp.zeros((self.layout.slots, LANES), F32)
+        for line, (_, outside) in enumerate(lines):
+            mask = self.slot_mask(x, line, True)
+            if outside is not None:
+                mask |= self.slot_mask(x, line, False) & outside
+            first = line * self.layout.slots
+            total += jnp.where(mask, value[first : first + self.layout.slots], 0.0)
+        return total
+
+
+def _unpack(
+    blocks: Blocks, source: Any, scratch: Any, parts: int, padding: Any, there: Any
+) -> None:
+    """Rows of `parts` times the features into planes; room around them finite."""
+    layout = blocks.layout
+    features, tiles, margin = layout.features, layout.tiles, layout.slots
+
+    def planes(rows: Any) -> list[Any]:
+        found = []
+        for part in range(parts):
+            for tile in range(tiles):
+                first = part * features + tile * LANES
+                width = min(LANES, (part + 1) * features - first)
+                piece = rows[:, first : first + width]
+                if width < LANES:
+                    piece = jnp.pad(piece, ((0, 0), (0, LANES - width)))
+                found.append(piece)
+        return found
+
+    def copy(start: Any, count: int) -> None:
+        rows = source[pl.ds(start, count), :].astype(F32)
+        for plane, piece in enumerate(planes(rows)):
+            scratch[plane, pl.ds(margin + start, count), :] = piece
+
+    _in_chunks(blocks.used, copy)
+    for plane in range(parts * tiles):
+        empty = jnp.zeros((margin, LANES), F32)
+        scratch[plane, pl.ds(0, margin), :] = empty
+        scratch[plane, pl.ds(margin + there * layout.tokens, margin), :] = empty
+        if layout.padded:
+            row = empty[:1] if padding is None else padding[pl.ds(plane, 1), :]
+            room = blocks.scratch_rows - blocks.padding_start
+            scratch[plane, pl.ds(blocks.padding_start, room), :] = jnp.broadcast_to(
+                row, (room, LANES)
+            )
+
+
+def _pack(blocks: Blocks, scratch: Any, target: Any, parts: int) -> None:
+    """Planes into rows of `parts` times the features."""
+    layout = blocks.layout
+    features, tiles, margin = layout.features, layout.tiles, layout.slots
+
+    def copy(start: Any, count: int) -> None:
+        rows = []
+        for part in range(parts):
+            for tile in range(tiles):
+                width = min(LANES, features - tile * LANES)
+                piece = scratch[part * tiles + tile, pl.ds(margin + start, count), :]
+                rows.append(piece[:, :width])
+        target[pl.ds(start, count), :] = jnp.concatenate(rows, axis=1).astype(target.dtype)
+
+    _in_chunks(blocks.used, copy)
+
+
+def _in_chunks(rows: int, copy: Any, chunk: int = int(__import__('os').environ.get('CHUNK','112'))) -> None:
+    """copy(first row, number of rows) over all rows, `chunk` at a time."""
+
+    def body(i: Any, carry: Any) -> Any:
+        copy(pl.multiple_of(i * chunk, chunk), chunk)
+        return carry
+
+    if rows >= chunk:
+        jax.lax.fori_loop(0, rows // chunk, body, None)
+    if rows % chunk:
+        copy(rows - rows % chunk, rows % chunk)
+
+
+def _maps_there(blocks: Blocks, maps: int) -> Any:
+    """Maps of this program: the last one may have fewer than others."""
+    return jnp.minimum(blocks.maps, maps - pl.program_id(0) * blocks.maps)
+
+
+def _each_window(blocks: Blocks, there: Any, body: Any) -> None:
+    """body(map, row of windows) for all maps of this program that there are."""
+    if blocks.layout.windows[0] == 1:
+        jax.lax.fori_loop(0, there, lambda i, c: body(i, 0), None)
+    else:
+
+        def rows(i: Any, carry: Any) -> Any:
+            jax.lax.fori_loop(0, blocks.layout.windows[0], lambda y, c: body(i, y), None)
+            return carry
+
+        jax.lax.fori_loop(0, there, rows, None)
+
+
+def _by_head(layout: Layout, value: Any, lane: int) -> Any:
+    """[rows, 128] -> [lanes, 128]: once for each head, with 0 in all other lanes."""
+    pieces = [
+        jnp.where(_lane_of(value.shape, lane + g * layout.dim, layout.dim), value, 0.0)
+        for g in range(layout.group)
+    ]
+    if spare := layout.lanes - layout.group * layout.rows:
+        pieces.append(jnp.zeros((spare, LANES), value.dtype))
+    return jnp.concatenate(pieces, axis=0)
+
+
+def _rows_of(layout: Layout, products: list[Any]) -> Any:
+    """Products of all units of a tile, [(head, feature), (head, query)], as [query, 128]."""
+    count = sum(len(x) for x in products)
+    if count < LANES:
+        products = [*products, jnp.zeros((LANES - count, layout.lanes), F32)]
+    turned = jnp.concatenate(products, axis=0).T
+    rows = turned[: layout.rows]
+    # Both are powers of two.
+    lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) & (layout.group * layout.dim - 1)
+    for g in range(1, layout.group):
+        rows = jnp.where(lane >= g * layout.dim, turned[g * layout.rows : (g + 1) * layout.rows], rows)
+    return rows
+
+
+def _weights(logits: Any, bias: Any) -> Any:
+    """softmax over keys of f32[keys, (head, query)]."""
+    logits = logits + bias
+    exp = jnp.exp(logits - jnp.max(logits, axis=0, keepdims=True))
+    return exp * (1.0 / jnp.sum(exp, axis=0, keepdims=True))
+
+
+def _kind(layout: Layout, y: Any, x: int) -> Any:
+    """Which of the masks a window has: a border below, one at the right, both or none."""
+    if not layout.shift:
+        return 0
+    right = int(x == layout.windows[1] - 1)
+    return jnp.where(y == layout.windows[0] - 1, 2, 0) + right
+
+
+def _jobs(layout: Layout) -> list[tuple[int, int]]:
+    return [(x, tile) for x in range(layout.windows[1]) for tile in range(layout.tiles)]
+
+
+def _load_qkv(blocks: Blocks, planes: Any, padding: Any, lines: Any, x: int, tile: int) -> Any:
+    """Queries (scaled), keys and values of a window, f32[rows, 128] each."""
+    found = []
+    for part in range(3):
+        plane = part * blocks.layout.tiles + tile
+        found.append(blocks.load(planes, plane, lines, x, padding[pl.ds(plane, 1), :]))
+    return found[0] * blocks.layout.dim**-0.5, found[1], found[2]
+
+
+def _turned(layout, value: Any, dtype: Any) -> Any:
+    if value.shape[0] % 16:
+        value = jnp.concatenate([value, jnp.zeros((8, LANES), F32)], axis=0)
+    return value.astype(dtype).T[:, :layout.rows]
+
+
+def _forward_kernel(
+    qkv: Any, padding: Any, bias: Any, out: Any, planes: Any, results: Any, *,
+    blocks: Blocks, maps: int,
+) -> None:  # fmt: skip
+    layout, dtype = blocks.layout, qkv.dtype
+    there = _maps_there(blocks, maps)
+    _unpack(blocks, qkv, planes, 3, padding, there)
+
+    def body(index: Any, y: Any) -> None:
+        lines = [blocks.line_row(index, y, line) for line in range(layout.lines)]
+        logits, values = {}, {}
+        for x, tile in _jobs(layout):
+            q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
+            k, values[x, tile] = k.astype(dtype), _turned(layout, v, dtype)
+            for unit, lane in layout.units_of(tile):
+                queries = _by_head(layout, q, lane).astype(dtype)
+                logits[x, unit] = _product(k, queries, (1, 1))
+        for x, tile in _jobs(layout):
+            products = []
+            for unit, lane in layout.units_of(tile):
+                weights = _weights(logits[x, unit], bias[_kind(layout, y, x), unit])
+                v = values[x, tile][lane : lane + layout.group * layout.dim]
+                products.append(_product(v, weights.astype(dtype), (1, 0)))
+            blocks.store(results, tile, lines, x, _rows_of(layout, products))
+
+    _each_window(blocks, there, body)
+    _pack(blocks, results, out, 1)
+
+
+def _backward_kernel(
+    qkv: Any, d_out: Any, padding: Any, bias: Any, d_qkv: Any, d_padding: Any, d_bias: Any,
+    planes: Any, d_planes: Any, results: Any, *, blocks: Blocks, maps: int,
+) -> None:  # fmt: skip
+    layout, dtype = blocks.layout, qkv.dtype
+    tiles, scale = layout.tiles, layout.dim**-0.5
+    there = _maps_there(blocks, maps)
+    _unpack(blocks, qkv, planes, 3, padding, there)
+    _unpack(blocks, d_out, d_planes, 1, None, there)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _() -> None:
+        d_bias[...] = jnp.zeros_like(d_bias)
+        d_padding[...] = jnp.zeros_like(d_padding)
+
+    def body(index: Any, y: Any) -> None:
+        lines = [blocks.line_row(index, y, line) for line in range(layout.lines)]
+        keys, given = {}, {}
+        for x, tile in _jobs(layout):
+            q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
+            keys[x, tile] = _turned(layout, k, dtype)
+            k, v = k.astype(dtype), v.astype(dtype)
+            d_o = blocks.load(d_planes, tile, lines, x, None)
+            for unit, lane in layout.units_of(tile):
+                queries = _by_head(layout, q, lane).astype(dtype)
+                d_outs = _by_head(layout, d_o, lane).astype(dtype)
+                logits, d_weights = _product(k, queries, (1, 1)), _product(v, d_outs, (1, 1))
+                given[x, unit] = queries, d_outs, logits, d_weights
+        for x, tile in _jobs(layout):
+            dq = []
+            dk = dv = jnp.zeros((layout.rows, LANES), F32)
+            for unit, lane in layout.units_of(tile):
+                queries, d_outs, logits, d_weights = given[x, unit]
+                weights = _weights(logits, bias[_kind(layout, y, x), unit])
+                mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
+                d_logits = weights * (d_weights - mean)
+                d_bias[unit] += d_logits
+                d_logits = d_logits.astype(dtype)
+                dv += _product(weights.astype(dtype), d_outs, (1, 0))
+                dk += _product(d_logits, queries, (1, 0))
+                k = keys[x, tile][lane : lane + layout.group * layout.dim]
+                dq.append(_product(k, d_logits, (1, 0)))
+            for p, value in enumerate((_rows_of(layout, dq) * scale, dk, dv)):
+                plane = p * tiles + tile
+                blocks.store(results, plane, lines, x, value)
+                if layout.padded:
+                    d_padding[plane] += blocks.padding_sum(lines, x, value)
+
+    _each_window(blocks, there, body)
+    _pack(blocks, results, d_qkv, 3)
+
+
+def _maps_per_program(layout: Layout, maps: int) -> int:
+    """Enough rows to hide what a program costs; blocks of rows are multiples of 16."""
+    count = 1
+    while count * layout.tokens % 16 or count * layout.windows[0] * layout.windows[1] < 8:
+        count += 1
+    return min(count, maps)
+
+
+def _call(kernel: Any, blocks: Blocks, maps: int, arrays: list[Any], outs: list[Any],
+          scratch: list[int], interpret: bool) -> Any:  # fmt: skip
+    """Rows [maps * tokens, ..] are cut into programs; all other arrays are whole in each."""
+
+    def spec(x: Any) -> pl.BlockSpec:
+        if x.ndim == 2 and len(x.shape) == 2 and x.shape[0] == maps * blocks.layout.tokens:
+            return pl.BlockSpec((blocks.used, x.shape[1]), lambda i: (i, 0))
+        return pl.BlockSpec(x.shape, lambda i, ndim=x.ndim: (0,) * ndim)
+
+    return pl.pallas_call(
+        functools.partial(kernel, blocks=blocks, maps=maps),
+        grid=(-(-maps // blocks.maps),),
+        in_specs=[spec(x) for x in arrays],
+        out_specs=[spec(x) for x in outs],
+        out_shape=outs,
+        scratch_shapes=[
+            pltpu.VMEM((planes, blocks.scratch_rows, LANES), F32) for planes in scratch
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=64 * 2**20
+        ),
+        interpret=interpret,
+        name=kernel.__name__.strip("_"),
+    )(*arrays)
+
+
+def _masked(layout: Layout, bias: Any) -> Any:
+    """f32[kinds, units, rows, group_rows]: the bias for each kind of window (`_kind`)."""
+    from esvit_jax.models.attention import shift_mask
+
+    if not layout.shift:
+        return bias[None]
+    assert layout.window is not None
+    height, width = (n * layout.window for n in layout.windows)
+    mask = shift_mask(height, width, layout.window, layout.shift)
+    down, right = layout.windows[1] * (layout.windows[0] - 1), layout.windows[1] - 1
+    mask = layout.mask_rows(mask[[0, right, down, down + right]])
+    return bias + mask[:, None]
+
+
+def _padding_rows(layout: Layout, row: Any) -> Any:
+    """[1, 3 features] -> f32[planes, 128]."""
+    room = layout.tiles * LANES - layout.features
+    row = jnp.pad(row.astype(F32).reshape(3, -1), ((0, 0), (0, room)))
+    return row.reshape(3 * layout.tiles, LANES)
+
+
+def forward(qkv: Any, padding: Any, bias: Any, layout: Layout, interpret: bool = False) -> Any:
+    maps = qkv.shape[0] // layout.tokens
+    blocks = Blocks(layout, _maps_per_program(layout, maps))
+    out = jax.ShapeDtypeStruct((len(qkv), layout.features), qkv.dtype)
+    arrays = [qkv, _padding_rows(layout, padding), _masked(layout, bias)]
+    scratch = [3 * layout.tiles, layout.tiles]
+    return _call(_forward_kernel, blocks, maps, arrays, [out], scratch, interpret)[0]
+
+
+def backward(
+    qkv: Any, d_out: Any, padding: Any, bias: Any, layout: Layout, interpret: bool = False
+) -> Any:
+    maps = qkv.shape[0] // layout.tokens
+    blocks = Blocks(layout, _maps_per_program(layout, maps))
+    planes = 3 * layout.tiles
+    arrays = [qkv, d_out, _padding_rows(layout, padding), _masked(layout, bias)]
+    outs = [
+        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        jax.ShapeDtypeStruct((planes, layout.slots, LANES), F32),
+        jax.ShapeDtypeStruct(bias.shape, F32),
+    ]
+    scratch = [planes, layout.tiles, planes]
+    return _call(_backward_kernel, blocks, maps, arrays, outs, scratch, interpret)
