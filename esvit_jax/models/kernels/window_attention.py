@@ -83,6 +83,10 @@ class Blocks:
         outside = position >= layout.height
         return jnp.where(outside, self.padding_start + layout.slots, row), outside
 
+    def lines(self, index: Any, y: Any) -> list[tuple[Any, Any]]:
+        """`line_row` of all lines of window row y of a map."""
+        return [self.line_row(index, y, line) for line in range(self.layout.lines)]
+
     def slot_mask(self, x: int, line: int, padding: bool) -> Any:
         """bool[slots, 128]: the slots of a line that hold tokens (or: padding)."""
         slot = jax.lax.broadcasted_iota(jnp.int32, (self.layout.slots, LANES), 0)
@@ -204,17 +208,22 @@ def _maps_there(blocks: Blocks, maps: int) -> Any:
     return jnp.minimum(blocks.maps, maps - pl.program_id(0) * blocks.maps)
 
 
-def _each_window(blocks: Blocks, there: Any, body: Any) -> None:
-    """body(map, row of windows) for all maps of this program that there are."""
-    if blocks.layout.windows[0] == 1:
-        jax.lax.fori_loop(0, there, lambda i, c: body(i, 0), None)
-    else:
+def _each_row(blocks: Blocks, there: Any, body: Any) -> None:
+    """body(this, before, first): rows of windows, (map, y), of all maps that there are.
 
-        def rows(i: Any, carry: Any) -> Any:
-            jax.lax.fori_loop(0, blocks.layout.windows[0], lambda y, c: body(i, y), None)
-            return carry
+    A row is begun in one turn and finished in the next, together with the beginning of another:
+    what a turn does twice, at the ends, is without effect, and `valid` says so.
+    """
+    count = blocks.layout.windows[0]
 
-        jax.lax.fori_loop(0, there, rows, None)
+    def turn(t: Any, carry: Any) -> Any:
+        def row(i: Any) -> tuple[Any, Any]:
+            return (i, 0) if count == 1 else (jax.lax.div(i, count), jax.lax.rem(i, count))
+
+        body(row(jnp.minimum(t, there * count - 1)), row(jnp.maximum(t - 1, 0)), t > 0)
+        return carry
+
+    jax.lax.fori_loop(0, there * count + 1, turn, None)
 
 
 def _by_head(layout: Layout, value: Any, lane: int) -> Any:
@@ -228,12 +237,12 @@ def _by_head(layout: Layout, value: Any, lane: int) -> Any:
     return jnp.concatenate(pieces, axis=0)
 
 
-def _rows_of(layout: Layout, products: list[Any]) -> Any:
+def _rows_of(layout: Layout, products: list[Any], dtype: Any) -> Any:
     """Products of all units of a tile, [(head, feature), (head, query)], as [query, 128]."""
     count = sum(len(x) for x in products)
     if count < LANES:
         products = [*products, jnp.zeros((LANES - count, layout.lanes), F32)]
-    turned = jnp.concatenate(products, axis=0).T
+    turned = jnp.concatenate(products, axis=0).astype(dtype).T.astype(F32)
     rows = turned[: layout.rows]
     # Both are powers of two.
     lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) & (layout.group * layout.dim - 1)
@@ -277,37 +286,37 @@ def _turned(layout, value: Any, dtype: Any) -> Any:
 
 
 def _forward_kernel(
-    qkv: Any, padding: Any, bias: Any, out: Any, planes: Any, results: Any, *,
-    blocks: Blocks, maps: int,
+    qkv: Any, padding: Any, bias: Any, out: Any, planes: Any, results: Any, logits: Any,
+    values: Any, *, blocks: Blocks, maps: int,
 ) -> None:  # fmt: skip
     layout, dtype = blocks.layout, qkv.dtype
     there = _maps_there(blocks, maps)
     _unpack(blocks, qkv, planes, 3, padding, there)
 
-    def body(index: Any, y: Any) -> None:
-        lines = [blocks.line_row(index, y, line) for line in range(layout.lines)]
-        logits, values = {}, {}
-        for x, tile in _jobs(layout):
+    def body(this: Any, before: Any, valid: Any) -> None:
+        lines, lines_before = blocks.lines(*this), blocks.lines(*before)
+        for job, (x, tile) in enumerate(_jobs(layout)):
+            products = []
+            for unit, lane in layout.units_of(tile):
+                weights = _weights(logits[x, unit], bias[_kind(layout, before[1], x), unit])
+                v = values[job, pl.ds(lane, layout.group * layout.dim), :]
+                products.append(_product(v, weights.astype(dtype), (1, 0)))
+            blocks.store(results, tile, lines_before, x, _rows_of(layout, products, dtype))
             q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
-            k, values[x, tile] = k.astype(dtype), _turned(layout, v, dtype)
+            k = k.astype(dtype)
+            values[job] = _turned(layout, v, dtype)
             for unit, lane in layout.units_of(tile):
                 queries = _by_head(layout, q, lane).astype(dtype)
                 logits[x, unit] = _product(k, queries, (1, 1))
-        for x, tile in _jobs(layout):
-            products = []
-            for unit, lane in layout.units_of(tile):
-                weights = _weights(logits[x, unit], bias[_kind(layout, y, x), unit])
-                v = values[x, tile][lane : lane + layout.group * layout.dim]
-                products.append(_product(v, weights.astype(dtype), (1, 0)))
-            blocks.store(results, tile, lines, x, _rows_of(layout, products))
 
-    _each_window(blocks, there, body)
+    _each_row(blocks, there, body)
     _pack(blocks, results, out, 1)
 
 
 def _backward_kernel(
     qkv: Any, d_out: Any, padding: Any, bias: Any, d_qkv: Any, d_padding: Any, d_bias: Any,
-    planes: Any, d_planes: Any, results: Any, *, blocks: Blocks, maps: int,
+    planes: Any, d_planes: Any, results: Any, logits: Any, d_weights: Any, queries: Any,
+    d_outs: Any, keys: Any, *, blocks: Blocks, maps: int,
 ) -> None:  # fmt: skip
     layout, dtype = blocks.layout, qkv.dtype
     tiles, scale = layout.tiles, layout.dim**-0.5
@@ -320,40 +329,45 @@ def _backward_kernel(
         d_bias[...] = jnp.zeros_like(d_bias)
         d_padding[...] = jnp.zeros_like(d_padding)
 
-    def body(index: Any, y: Any) -> None:
-        lines = [blocks.line_row(index, y, line) for line in range(layout.lines)]
-        keys, given = {}, {}
-        for x, tile in _jobs(layout):
-            q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
-            keys[x, tile] = _turned(layout, k, dtype)
-            k, v = k.astype(dtype), v.astype(dtype)
-            d_o = blocks.load(d_planes, tile, lines, x, None)
-            for unit, lane in layout.units_of(tile):
-                queries = _by_head(layout, q, lane).astype(dtype)
-                d_outs = _by_head(layout, d_o, lane).astype(dtype)
-                logits, d_weights = _product(k, queries, (1, 1)), _product(v, d_outs, (1, 1))
-                given[x, unit] = queries, d_outs, logits, d_weights
-        for x, tile in _jobs(layout):
-            dq = []
-            dk = dv = jnp.zeros((layout.rows, LANES), F32)
-            for unit, lane in layout.units_of(tile):
-                queries, d_outs, logits, d_weights = given[x, unit]
-                weights = _weights(logits, bias[_kind(layout, y, x), unit])
-                mean = jnp.sum(weights * d_weights, axis=0, keepdims=True)
-                d_logits = weights * (d_weights - mean)
-                d_bias[unit] += d_logits
-                d_logits = d_logits.astype(dtype)
-                dv += _product(weights.astype(dtype), d_outs, (1, 0))
-                dk += _product(d_logits, queries, (1, 0))
-                k = keys[x, tile][lane : lane + layout.group * layout.dim]
-                dq.append(_product(k, d_logits, (1, 0)))
-            for p, value in enumerate((_rows_of(layout, dq) * scale, dk, dv)):
-                plane = p * tiles + tile
-                blocks.store(results, plane, lines, x, value)
-                if layout.padded:
-                    d_padding[plane] += blocks.padding_sum(lines, x, value)
+    def finish(before: Any, valid: Any, lines: Any, job: int, x: int, tile: int) -> None:
+        dq = []
+        dk = dv = jnp.zeros((layout.rows, LANES), F32)
+        for unit, lane in layout.units_of(tile):
+            weights = _weights(logits[x, unit], bias[_kind(layout, before[1], x), unit])
+            d = d_weights[x, unit]
+            d = weights * (d - jnp.sum(weights * d, axis=0, keepdims=True))
+            d_bias[unit] += jnp.where(valid, d, 0.0)
+            d = d.astype(dtype)
+            dv += _product(weights.astype(dtype), d_outs[x, unit], (1, 0))
+            dk += _product(d, queries[x, unit], (1, 0))
+            k = keys[job, pl.ds(lane, layout.group * layout.dim), :]
+            dq.append(_product(k, d, (1, 0)))
+        for p, value in enumerate((_rows_of(layout, dq, dtype) * scale, dk, dv)):
+            plane = p * tiles + tile
+            blocks.store(results, plane, lines, x, value)
+            if layout.padded:
+                d_padding[plane] += jnp.where(valid, blocks.padding_sum(lines, x, value), 0.0)
 
-    _each_window(blocks, there, body)
+    def begin(lines: Any, job: int, x: int, tile: int) -> None:
+        q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
+        d_o = blocks.load(d_planes, tile, lines, x, None)
+        keys[job] = _turned(layout, k, dtype)
+        k, v = k.astype(dtype), v.astype(dtype)
+        for unit, lane in layout.units_of(tile):
+            by_head = _by_head(layout, q, lane).astype(dtype)
+            queries[x, unit] = by_head
+            logits[x, unit] = _product(k, by_head, (1, 1))
+            by_head = _by_head(layout, d_o, lane).astype(dtype)
+            d_outs[x, unit] = by_head
+            d_weights[x, unit] = _product(v, by_head, (1, 1))
+
+    def body(this: Any, before: Any, valid: Any) -> None:
+        lines, lines_before = blocks.lines(*this), blocks.lines(*before)
+        for job, (x, tile) in enumerate(_jobs(layout)):
+            finish(before, valid, lines_before, job, x, tile)
+            begin(lines, job, x, tile)
+
+    _each_row(blocks, there, body)
     _pack(blocks, results, d_qkv, 3)
 
 
@@ -365,30 +379,31 @@ def _maps_per_program(layout: Layout, maps: int) -> int:
     return min(count, maps)
 
 
-def _call(kernel: Any, blocks: Blocks, maps: int, arrays: list[Any], outs: list[Any],
-          scratch: list[int], interpret: bool) -> Any:  # fmt: skip
-    """Rows [maps * tokens, ..] are cut into programs; all other arrays are whole in each."""
+def _call(
+    kernel: Any, blocks: Blocks, maps: int, rows: list[Any], whole: list[Any], out: Any,
+    others: list[Any], scratch: list[Any], interpret: bool,
+) -> Any:  # fmt: skip
+    """`rows` and `out`, [maps * tokens, ..], are cut into programs; `whole`, `others` are not."""
 
-    def spec(x: Any) -> pl.BlockSpec:
-        if x.ndim == 2 and len(x.shape) == 2 and x.shape[0] == maps * blocks.layout.tokens:
-            return pl.BlockSpec((blocks.used, x.shape[1]), lambda i: (i, 0))
-        return pl.BlockSpec(x.shape, lambda i, ndim=x.ndim: (0,) * ndim)
+    def cut(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((blocks.used, x.shape[1]), lambda i: (i, 0))
+
+    def keep(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
 
     return pl.pallas_call(
         functools.partial(kernel, blocks=blocks, maps=maps),
         grid=(-(-maps // blocks.maps),),
-        in_specs=[spec(x) for x in arrays],
-        out_specs=[spec(x) for x in outs],
-        out_shape=outs,
-        scratch_shapes=[
-            pltpu.VMEM((planes, blocks.scratch_rows, LANES), F32) for planes in scratch
-        ],
+        in_specs=[*map(cut, rows), *map(keep, whole)],
+        out_specs=[cut(out), *map(keep, others)],
+        out_shape=[out, *others],
+        scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20
         ),
         interpret=interpret,
         name=kernel.__name__.strip("_"),
-    )(*arrays)
+    )(*rows, *whole)
 
 
 def _masked(layout: Layout, bias: Any) -> Any:
@@ -412,13 +427,30 @@ def _padding_rows(layout: Layout, row: Any) -> Any:
     return row.reshape(3 * layout.tiles, LANES)
 
 
+def _scratch(blocks: Blocks, dtype: Any) -> tuple[Any, Any, Any, Any]:
+    """(shape, dtype) of planes, logits, queries by head and turned keys of a row of windows."""
+    layout, columns = blocks.layout, blocks.layout.windows[1]
+    return (
+        ((layout.tiles, blocks.scratch_rows, LANES), F32),
+        ((columns, layout.units, layout.rows, layout.lanes), F32),
+        ((columns, layout.units, layout.lanes, LANES), dtype),
+        ((columns * layout.tiles, LANES, layout.rows), dtype),
+    )
+
+
+def _planes(count: int, planes: Any) -> Any:
+    (tiles, *shape), dtype = planes
+    return (count * tiles, *shape), dtype
+
+
 def forward(qkv: Any, padding: Any, bias: Any, layout: Layout, interpret: bool = False) -> Any:
     maps = qkv.shape[0] // layout.tokens
     blocks = Blocks(layout, _maps_per_program(layout, maps))
-    out = jax.ShapeDtypeStruct((len(qkv), layout.features), qkv.dtype)
-    arrays = [qkv, _padding_rows(layout, padding), _masked(layout, bias)]
-    scratch = [3 * layout.tiles, layout.tiles]
-    return _call(_forward_kernel, blocks, maps, arrays, [out], scratch, interpret)[0]
+    out = jax.ShapeDtypeStruct((qkv.shape[0], layout.features), qkv.dtype)
+    whole = [_padding_rows(layout, padding), _masked(layout, bias)]
+    planes, logits, _, values = _scratch(blocks, qkv.dtype)
+    scratch = [_planes(3, planes), planes, logits, values]
+    return _call(_forward_kernel, blocks, maps, [qkv], whole, out, [], scratch, interpret)[0]
 
 
 def backward(
@@ -426,12 +458,14 @@ def backward(
 ) -> Any:
     maps = qkv.shape[0] // layout.tokens
     blocks = Blocks(layout, _maps_per_program(layout, maps))
-    planes = 3 * layout.tiles
-    arrays = [qkv, d_out, _padding_rows(layout, padding), _masked(layout, bias)]
-    outs = [
-        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
-        jax.ShapeDtypeStruct((planes, layout.slots, LANES), F32),
+    whole = [_padding_rows(layout, padding), _masked(layout, bias)]
+    others = [
+        jax.ShapeDtypeStruct((3 * layout.tiles, layout.slots, LANES), F32),
         jax.ShapeDtypeStruct(bias.shape, F32),
     ]
-    scratch = [planes, layout.tiles, planes]
-    return _call(_backward_kernel, blocks, maps, arrays, outs, scratch, interpret)
+    planes, logits, queries, keys = _scratch(blocks, qkv.dtype)
+    scratch = [_planes(3, planes), planes, _planes(3, planes), logits, logits, queries, queries, keys]
+    out = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
+    return _call(
+        _backward_kernel, blocks, maps, [qkv, d_out], whole, out, others, scratch, interpret
+    )
