@@ -209,21 +209,24 @@ def _maps_there(blocks: Blocks, maps: int) -> Any:
 
 
 def _each_row(blocks: Blocks, there: Any, body: Any) -> None:
-    """body(this, before, first): rows of windows, (map, y), of all maps that there are.
+    """body(rows, valid): rows of windows, (map, y), of all maps that there are, in a pipeline.
 
-    A row is begun in one turn and finished in the next, together with the beginning of another:
-    what a turn does twice, at the ends, is without effect, and `valid` says so.
+    Each turn begins rows[0], goes on with rows[1], begun in the turn before, and finishes rows[2],
+    so that its three parts do not wait for each other. At both ends a turn has less to do: it
+    does something twice then, or with what memory holds; `valid` is false if rows[1] is that.
     """
     count = blocks.layout.windows[0]
+    total = there * count
 
     def turn(t: Any, carry: Any) -> Any:
-        def row(i: Any) -> tuple[Any, Any]:
-            return (i, 0) if count == 1 else (jax.lax.div(i, count), jax.lax.rem(i, count))
-
-        body(row(jnp.minimum(t, there * count - 1)), row(jnp.maximum(t - 1, 0)), t > 0)
+        rows = []
+        for lag in range(3):
+            i = jnp.clip(t - lag, 0, total - 1)
+            rows.append((i, 0) if count == 1 else (jax.lax.div(i, count), jax.lax.rem(i, count)))
+        body(rows, (t >= 1) & (t <= total))
         return carry
 
-    jax.lax.fori_loop(0, there * count + 1, turn, None)
+    jax.lax.fori_loop(0, total + 2, turn, None)
 
 
 def _by_head(layout: Layout, value: Any, lane: int) -> Any:
@@ -237,17 +240,15 @@ def _by_head(layout: Layout, value: Any, lane: int) -> Any:
     return jnp.concatenate(pieces, axis=0)
 
 
-def _rows_of(layout: Layout, products: list[Any], dtype: Any) -> Any:
-    """Products of all units of a tile, [(head, feature), (head, query)], as [query, 128]."""
-    count = sum(len(x) for x in products)
-    if count < LANES:
-        products = [*products, jnp.zeros((LANES - count, layout.lanes), F32)]
-    turned = jnp.concatenate(products, axis=0).astype(dtype).T.astype(F32)
+def _rows_of(layout: Layout, turned: Any) -> Any:
+    """[128 (head, feature), (head, query)] of a tile's units -> [query, 128]."""
+    turned = turned.T.astype(F32)
     rows = turned[: layout.rows]
     # Both are powers of two.
     lane = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) & (layout.group * layout.dim - 1)
     for g in range(1, layout.group):
-        rows = jnp.where(lane >= g * layout.dim, turned[g * layout.rows : (g + 1) * layout.rows], rows)
+        part = turned[g * layout.rows : (g + 1) * layout.rows]
+        rows = jnp.where(lane >= g * layout.dim, part, rows)
     return rows
 
 
@@ -287,27 +288,29 @@ def _turned(layout, value: Any, dtype: Any) -> Any:
 
 def _forward_kernel(
     qkv: Any, padding: Any, bias: Any, out: Any, planes: Any, results: Any, logits: Any,
-    values: Any, *, blocks: Blocks, maps: int,
+    values: Any, turned: Any, *, blocks: Blocks, maps: int,
 ) -> None:  # fmt: skip
     layout, dtype = blocks.layout, qkv.dtype
     there = _maps_there(blocks, maps)
     _unpack(blocks, qkv, planes, 3, padding, there)
 
-    def body(this: Any, before: Any, valid: Any) -> None:
-        lines, lines_before = blocks.lines(*this), blocks.lines(*before)
+    def body(rows: Any, valid: Any) -> None:
+        lines = [blocks.lines(*row) for row in rows]
         for job, (x, tile) in enumerate(_jobs(layout)):
-            products = []
-            for unit, lane in layout.units_of(tile):
-                weights = _weights(logits[x, unit], bias[_kind(layout, before[1], x), unit])
-                v = values[job, pl.ds(lane, layout.group * layout.dim), :]
-                products.append(_product(v, weights.astype(dtype), (1, 0)))
-            blocks.store(results, tile, lines_before, x, _rows_of(layout, products, dtype))
-            q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
+            blocks.store(results, tile, lines[2], x, _rows_of(layout, turned[job]))
+            units = layout.units_of(tile)
+            kind = _kind(layout, rows[1][1], x)
+            weights = [_weights(logits[x, unit], bias[kind, unit]).astype(dtype)
+                       for unit, _ in units]
+            before = [values[job, pl.ds(lane, layout.group * layout.dim), :] for _, lane in units]
+            q, k, v = _load_qkv(blocks, planes, padding, lines[0], x, tile)
             k = k.astype(dtype)
             values[job] = _turned(layout, v, dtype)
-            for unit, lane in layout.units_of(tile):
+            for (unit, lane), w, v in zip(units, weights, before, strict=True):
                 queries = _by_head(layout, q, lane).astype(dtype)
                 logits[x, unit] = _product(k, queries, (1, 1))
+                product = _product(v, w, (1, 0)).astype(dtype)
+                turned[job, pl.ds(lane, layout.group * layout.dim), :] = product
 
     _each_row(blocks, there, body)
     _pack(blocks, results, out, 1)
@@ -316,7 +319,7 @@ def _forward_kernel(
 def _backward_kernel(
     qkv: Any, d_out: Any, padding: Any, bias: Any, d_qkv: Any, d_padding: Any, d_bias: Any,
     planes: Any, d_planes: Any, results: Any, logits: Any, d_weights: Any, queries: Any,
-    d_outs: Any, keys: Any, *, blocks: Blocks, maps: int,
+    d_outs: Any, keys: Any, turned: Any, *, blocks: Blocks, maps: int,
 ) -> None:  # fmt: skip
     layout, dtype = blocks.layout, qkv.dtype
     tiles, scale = layout.tiles, layout.dim**-0.5
@@ -329,24 +332,34 @@ def _backward_kernel(
         d_bias[...] = jnp.zeros_like(d_bias)
         d_padding[...] = jnp.zeros_like(d_padding)
 
-    def finish(before: Any, valid: Any, lines: Any, job: int, x: int, tile: int) -> None:
-        dq = []
-        dk = dv = jnp.zeros((layout.rows, LANES), F32)
+    def finish(lines: Any, job: int, x: int, tile: int) -> None:
+        blocks.store(results, tile, lines, x, _rows_of(layout, turned[job]) * scale)
+
+    def go_on(row: Any, valid: Any, lines: Any, job: int, x: int, tile: int) -> Any:
+        kind, width = _kind(layout, row[1], x), layout.group * layout.dim
+        given = []
         for unit, lane in layout.units_of(tile):
-            weights = _weights(logits[x, unit], bias[_kind(layout, before[1], x), unit])
+            weights = _weights(logits[x, unit], bias[kind, unit])
             d = d_weights[x, unit]
             d = weights * (d - jnp.sum(weights * d, axis=0, keepdims=True))
             d_bias[unit] += jnp.where(valid, d, 0.0)
-            d = d.astype(dtype)
-            dv += _product(weights.astype(dtype), d_outs[x, unit], (1, 0))
-            dk += _product(d, queries[x, unit], (1, 0))
-            k = keys[job, pl.ds(lane, layout.group * layout.dim), :]
-            dq.append(_product(k, d, (1, 0)))
-        for p, value in enumerate((_rows_of(layout, dq, dtype) * scale, dk, dv)):
-            plane = p * tiles + tile
-            blocks.store(results, plane, lines, x, value)
-            if layout.padded:
-                d_padding[plane] += jnp.where(valid, blocks.padding_sum(lines, x, value), 0.0)
+            given.append((lane, weights.astype(dtype), d.astype(dtype), d_outs[x, unit],
+                          queries[x, unit], keys[job, pl.ds(lane, width), :]))
+
+        def products() -> None:
+            dk = dv = jnp.zeros((layout.rows, LANES), F32)
+            for lane, weights, d, d_o, q, k in given:
+                dv += _product(weights, d_o, (1, 0))
+                dk += _product(d, q, (1, 0))
+                turned[job, pl.ds(lane, width), :] = _product(k, d, (1, 0)).astype(dtype)
+            for p, value in ((1, dk), (2, dv)):
+                plane = p * tiles + tile
+                blocks.store(results, plane, lines, x, value)
+                if layout.padded:
+                    total = blocks.padding_sum(lines, x, value)
+                    d_padding[plane] += jnp.where(valid, total, 0.0)
+
+        return products
 
     def begin(lines: Any, job: int, x: int, tile: int) -> None:
         q, k, v = _load_qkv(blocks, planes, padding, lines, x, tile)
@@ -361,11 +374,13 @@ def _backward_kernel(
             d_outs[x, unit] = by_head
             d_weights[x, unit] = _product(v, by_head, (1, 1))
 
-    def body(this: Any, before: Any, valid: Any) -> None:
-        lines, lines_before = blocks.lines(*this), blocks.lines(*before)
+    def body(rows: Any, valid: Any) -> None:
+        lines = [blocks.lines(*row) for row in rows]
         for job, (x, tile) in enumerate(_jobs(layout)):
-            finish(before, valid, lines_before, job, x, tile)
-            begin(lines, job, x, tile)
+            finish(lines[2], job, x, tile)
+            products = go_on(rows[1], valid, lines[1], job, x, tile)
+            begin(lines[0], job, x, tile)
+            products()
 
     _each_row(blocks, there, body)
     _pack(blocks, results, d_qkv, 3)
@@ -427,7 +442,7 @@ def _padding_rows(layout: Layout, row: Any) -> Any:
     return row.reshape(3 * layout.tiles, LANES)
 
 
-def _scratch(blocks: Blocks, dtype: Any) -> tuple[Any, Any, Any, Any]:
+def _scratch(blocks: Blocks, dtype: Any) -> tuple[Any, ...]:
     """(shape, dtype) of planes, logits, queries by head and turned keys of a row of windows."""
     layout, columns = blocks.layout, blocks.layout.windows[1]
     return (
@@ -435,6 +450,7 @@ def _scratch(blocks: Blocks, dtype: Any) -> tuple[Any, Any, Any, Any]:
         ((columns, layout.units, layout.rows, layout.lanes), F32),
         ((columns, layout.units, layout.lanes, LANES), dtype),
         ((columns * layout.tiles, LANES, layout.rows), dtype),
+        ((columns * layout.tiles, LANES, layout.lanes), dtype),
     )
 
 
@@ -448,8 +464,8 @@ def forward(qkv: Any, padding: Any, bias: Any, layout: Layout, interpret: bool =
     blocks = Blocks(layout, _maps_per_program(layout, maps))
     out = jax.ShapeDtypeStruct((qkv.shape[0], layout.features), qkv.dtype)
     whole = [_padding_rows(layout, padding), _masked(layout, bias)]
-    planes, logits, _, values = _scratch(blocks, qkv.dtype)
-    scratch = [_planes(3, planes), planes, logits, values]
+    planes, logits, _, values, turned = _scratch(blocks, qkv.dtype)
+    scratch = [_planes(3, planes), planes, logits, values, turned]
     return _call(_forward_kernel, blocks, maps, [qkv], whole, out, [], scratch, interpret)[0]
 
 
@@ -463,8 +479,8 @@ def backward(
         jax.ShapeDtypeStruct((3 * layout.tiles, layout.slots, LANES), F32),
         jax.ShapeDtypeStruct(bias.shape, F32),
     ]
-    planes, logits, queries, keys = _scratch(blocks, qkv.dtype)
-    scratch = [_planes(3, planes), planes, _planes(3, planes), logits, logits, queries, queries, keys]
+    planes, logits, queries, keys, turned = _scratch(blocks, qkv.dtype)
+    scratch = [_planes(3, planes), planes, _planes(3, planes), logits, logits, queries, queries, keys, turned]
     out = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
     return _call(
         _backward_kernel, blocks, maps, [qkv, d_out], whole, out, others, scratch, interpret
