@@ -60,6 +60,7 @@ class SwinBlock(nn.Module):
     drop_path_rate: float
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -81,6 +82,7 @@ class SwinBlock(nn.Module):
             self.shift,
             self.dtype,
             self.logits_dtype,
+            self.attention,
             name="attn",
         )(y, shape, attention)
         rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, shape[0], train)
@@ -144,6 +146,7 @@ class Stage(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -166,6 +169,7 @@ class Stage(nn.Module):
                 self.drop_path_rates[j],
                 self.dtype,
                 self.logits_dtype,
+                self.attention,
                 name=f"blocks_{j}",
             )(rows, (images, height, width), train, attention)
             maps.append(rows.reshape(x.shape))
@@ -189,6 +193,8 @@ class Swin(nn.Module):
       drop_path_rate: of the last block; grows linearly from 0 at the first.
       dtype: of matrix products and of the maps between blocks.
       attention_dtype: in which attention logits are kept ("float32" or "bfloat16").
+      attention: by which code windows are attended: "xla", the TPU kernel "pallas" (interpreted
+        elsewhere), or "auto", the kernel on TPUs.
       remat: what the backward pass computes again: "none", "dots" (all but products with
         weights) or "block" (whole blocks).
     """
@@ -204,6 +210,7 @@ class Swin(nn.Module):
     dtype: DTypeLike = jnp.float32
     attention_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def stage_window(self, stage: int) -> tuple[int, int]:
         """(window size, shift) of a stage: one window over the map where that covers it."""
@@ -238,6 +245,7 @@ class Swin(nn.Module):
                 self.remat,
                 self.dtype,
                 jnp.dtype(self.attention_dtype),
+                self.attention,
                 name=f"layers_{i}",
             )(x, train, attention)
             maps += stage_maps

@@ -147,11 +147,24 @@ class Layout:
         x = rearrange(x, "(u g) qy qx ky kx -> u (ky kx) (g qy qx)", g=self.group)
         return jnp.pad(x, ((0, 0), (0, 0), (0, self.lanes - x.shape[-1])))
 
-    def mask_rows(self, mask: np.ndarray) -> np.ndarray:
-        """f32[kinds, rows, lanes] of a mask f32[kinds, n, n], laid out like a bias."""
-        shape = (len(mask), self.lines, self.columns, self.lines, self.columns)
+    def masks(self) -> np.ndarray:
+        """f32[kinds, rows, lanes], 0 or -100, laid out like a bias: which pairs stay apart.
+
+        Four kinds of windows: within the shifted map, at its right border, its lower one, at both.
+        There, tokens from opposite borders of the map have come into one window.
+        """
+        assert self.window is not None
+        masks = []
+        for last in ((False, False), (False, True), (True, False), (True, True)):
+            y, x = (
+                (np.arange(self.window) >= self.window - self.shift) & border for border in last
+            )
+            part = (2 * y[:, None] + x[None, :]).reshape(-1)
+            masks.append(np.where(part[:, None] == part[None, :], 0.0, -100.0))
+        shape = (len(masks), self.lines, self.columns, self.lines, self.columns)
         spare = (0, self.slots - self.columns)
-        x = np.pad(mask.reshape(shape), ((0, 0), (0, 0), spare, (0, 0), spare))
-        x = rearrange(x, "m qy qx ky kx -> m (ky kx) (qy qx)")
-        x = np.tile(x, (1, 1, self.group))
-        return np.pad(x, ((0, 0), (0, 0), (0, self.lanes - x.shape[-1])))
+        mask = np.asarray(masks, np.float32).reshape(shape)
+        mask = np.pad(mask, ((0, 0), (0, 0), spare, (0, 0), spare))
+        mask = rearrange(mask, "m qy qx ky kx -> m (ky kx) (qy qx)")
+        mask = np.tile(mask, (1, 1, self.group))
+        return np.pad(mask, ((0, 0), (0, 0), (0, self.lanes - mask.shape[-1])))

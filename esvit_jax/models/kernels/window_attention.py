@@ -15,6 +15,7 @@ keys gives the logits of both heads.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -190,7 +191,7 @@ def _pack(blocks: Blocks, scratch: Any, target: Any, parts: int) -> None:
     _in_chunks(blocks.used, copy)
 
 
-def _in_chunks(rows: int, copy: Any, chunk: int = int(__import__('os').environ.get('CHUNK','112'))) -> None:
+def _in_chunks(rows: int, copy: Any, chunk: int = 112) -> None:
     """copy(first row, number of rows) over all rows, `chunk` at a time."""
 
     def body(i: Any, carry: Any) -> Any:
@@ -423,16 +424,7 @@ def _call(
 
 def _masked(layout: Layout, bias: Any) -> Any:
     """f32[kinds, units, rows, group_rows]: the bias for each kind of window (`_kind`)."""
-    from esvit_jax.models.attention import shift_mask
-
-    if not layout.shift:
-        return bias[None]
-    assert layout.window is not None
-    height, width = (n * layout.window for n in layout.windows)
-    mask = shift_mask(height, width, layout.window, layout.shift)
-    down, right = layout.windows[1] * (layout.windows[0] - 1), layout.windows[1] - 1
-    mask = layout.mask_rows(mask[[0, right, down, down + right]])
-    return bias + mask[:, None]
+    return bias + layout.masks()[:, None] if layout.shift else bias[None]
 
 
 def _padding_rows(layout: Layout, row: Any) -> Any:
@@ -460,6 +452,7 @@ def _planes(count: int, planes: Any) -> Any:
 
 
 def forward(qkv: Any, padding: Any, bias: Any, layout: Layout, interpret: bool = False) -> Any:
+    """`attend`, of a bias as `Layout.bias_rows` lays it."""
     maps = qkv.shape[0] // layout.tokens
     blocks = Blocks(layout, _maps_per_program(layout, maps))
     out = jax.ShapeDtypeStruct((qkv.shape[0], layout.features), qkv.dtype)
@@ -471,7 +464,8 @@ def forward(qkv: Any, padding: Any, bias: Any, layout: Layout, interpret: bool =
 
 def backward(
     qkv: Any, d_out: Any, padding: Any, bias: Any, layout: Layout, interpret: bool = False
-) -> Any:
+) -> tuple[Any, Any, Any]:
+    """Gradients of qkv, padding and (laid) bias, from those of the output."""
     maps = qkv.shape[0] // layout.tokens
     blocks = Blocks(layout, _maps_per_program(layout, maps))
     whole = [_padding_rows(layout, padding), _masked(layout, bias)]
@@ -480,8 +474,88 @@ def backward(
         jax.ShapeDtypeStruct(bias.shape, F32),
     ]
     planes, logits, queries, keys, turned = _scratch(blocks, qkv.dtype)
-    scratch = [_planes(3, planes), planes, _planes(3, planes), logits, logits, queries, queries, keys, turned]
-    out = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
-    return _call(
-        _backward_kernel, blocks, maps, [qkv, d_out], whole, out, others, scratch, interpret
+    scratch = [_planes(3, planes), planes, _planes(3, planes)]
+    scratch += [logits, logits, queries, queries, keys, turned]
+    d_qkv, d_padding, d_bias = _call(
+        _backward_kernel, blocks, maps, [qkv, d_out], whole,
+        jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), others, scratch, interpret,
+    )  # fmt: skip
+    d_padding = jnp.sum(d_padding, axis=1).reshape(3, -1)[:, : layout.features]
+    return d_qkv, d_padding.reshape(padding.shape).astype(padding.dtype), d_bias
+
+
+def _by_platform(function: Any, layout: Layout, *arrays: Any) -> Any:
+    """On a TPU the compiled kernel, elsewhere Pallas's interpreter."""
+    return jax.lax.platform_dependent(
+        *arrays,
+        tpu=functools.partial(function, layout=layout),
+        default=functools.partial(function, layout=layout, interpret=True),
     )
+
+
+# Blocks of the same shape are traced once.
+_forward = jax.jit(functools.partial(_by_platform, forward), static_argnums=0)
+_backward = jax.jit(functools.partial(_by_platform, backward), static_argnums=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(qkv: Any, padding: Any, bias: Any, layout: Layout) -> Any:
+    return _forward(layout, qkv, padding, bias)
+
+
+def _attend_forward(qkv: Any, padding: Any, bias: Any, layout: Layout) -> Any:
+    return _forward(layout, qkv, padding, bias), (qkv, padding, bias)
+
+
+def _attend_backward(layout: Layout, kept: Any, d_out: Any) -> Any:
+    qkv, padding, bias = kept
+    return _backward(layout, qkv, d_out, padding, bias)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(
+    qkv: Float[Array, "bhw d3"],
+    padding: Float[Array, "1 d3"],
+    bias: Float[Array, "heads n k"],
+    layout: Layout,
+) -> Float[Array, "bhw d"]:
+    """softmax(scaled query key' + bias + shift mask) value, in each head of each window of maps.
+
+    Args:
+      qkv: of all tokens of all maps, row-major; queries, keys and values side by side, heads side
+        by side in each.
+      padding: what a padded token has in place of a row of qkv; it takes part like any other.
+      bias: of relative positions, in float32; k = n + 1 if the layout has a padding key.
+      layout: of the maps.
+
+    Returns the tokens' values in the order and the dtype of qkv, heads side by side.
+
+    Raises:
+      ValueError: the kernel has no form for heads of these features.
+    """
+    if not supported(layout):
+        raise ValueError(f"no kernel for heads of {layout.dim} features: no power of two up to 128")
+    return _attend(qkv, padding, layout.bias_rows(bias.astype(F32)), layout)
+
+
+def supported(layout: Layout) -> bool:
+    """Whether heads divide the lanes of a register."""
+    return layout.dim <= LANES and LANES % layout.dim == 0
+
+
+def memory(layout: Layout, maps: int, dtype: Any) -> int:
+    """Bytes of a core's vector memory that the backward kernel takes, nearly."""
+    blocks = Blocks(layout, _maps_per_program(layout, maps))
+    planes, *others = _scratch(blocks, dtype)
+    size = jnp.dtype(dtype).itemsize
+    widths = (3 * layout.features, layout.features, 3 * layout.features)
+    lanes = sum(-(-width // LANES) * LANES for width in widths)
+    logits, queries, keys, turned = (
+        math.prod(shape[:-1]) * -(-shape[-1] // LANES) * LANES * jnp.dtype(kind).itemsize
+        for shape, kind in others
+    )
+    scratch = 7 * math.prod(planes[0]) * 4 + 2 * logits + 2 * queries + keys + turned
+    bias = (4 if layout.shift else 1) + 1
+    return 2 * blocks.used * lanes * size + scratch + bias * layout.units * layout.rows * layout.lanes * 4
