@@ -9,7 +9,7 @@ import pytest
 from replay_golden import Replay
 
 from esvit_jax.models.attention import WindowAttention, shift_mask
-from esvit_jax.models.kernels import chosen, window_attention
+from esvit_jax.models.kernels import chosen, compiling_for, programs, window_attention
 from esvit_jax.models.kernels.layout import NEVER, Layout
 
 # (maps, height, width), heads, features of a head, window, shift
@@ -18,7 +18,7 @@ CASES = {
     "shifted": ((2, 8, 8), 2, 8, 4, 2),
     "padded": ((2, 6, 6), 3, 4, 4, 1),  # along both axes, an odd number of heads
     "padded_one_axis": ((3, 4, 6), 1, 32, 4, 2),
-    "last_program": ((13, 4, 4), 2, 8, 2, 1),  # has fewer maps than the others
+    "last_program": ((19, 4, 4), 2, 8, 2, 1),  # has fewer maps than the others
     "one_window": ((3, 4, 4), 5, 8, 4, 0),
     "one_padded_window": ((3, 3, 3), 3, 8, 4, 0),
     "one_shifted_window": ((2, 2, 3), 2, 16, 4, 2),  # its tokens lie apart in the window
@@ -104,9 +104,9 @@ def test_no_token_sees_across_the_border():
 def test_bias_gradient_sums_over_all_windows():
     """By differences of the output's sum, one entry at a time; programs 2 and 3 count too."""
     layout = Layout(2, 2, None, 0, 2, 8)
-    qkv, padding, bias = kernel_inputs(layout, 20)
-    assert window_attention._maps_per_program(layout, 20) < 10
-    weights = normal(3, 80, 16)
+    qkv, padding, bias = kernel_inputs(layout, 70)
+    assert programs.maps_per_program(layout, 70, jnp.float32) == 32
+    weights = normal(3, 280, 16)
 
     @jax.jit
     def total(bias):
@@ -147,19 +147,24 @@ def test_layout(layout):
                 np.testing.assert_array_equal(laid[np.ix_(keys, slots)], mask.T)
 
 
-def test_other_codes(monkeypatch):
+def test_other_codes():
     """Weights are asked of the code elsewhere, "auto" is that too but for a TPU."""
     layout = Layout(4, 4, 2, 1, 1, 8)
     assert not chosen("auto", layout, 2, jnp.float32) and not chosen("xla", layout, 2, jnp.float32)
     assert chosen("pallas", layout, 2, jnp.float32)
     with pytest.raises(ValueError, match="attention must be"):
         chosen("cuda", layout, 2, jnp.float32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert chosen("auto", layout, 2, jnp.float32)
-    assert not chosen("auto", Layout(4, 4, 2, 1, 1, 24), 2, jnp.float32)
-    assert not chosen("auto", Layout(512, 512, 8, 4, 4, 32), 2, jnp.float32)  # a map too large
+    with compiling_for("TPU v5 lite"):
+        assert chosen("auto", layout, 2, jnp.float32)
+        assert not chosen("auto", Layout(4, 4, 2, 1, 1, 24), 2, jnp.float32)
+        assert not chosen("auto", Layout(512, 512, 8, 4, 4, 32), 2, jnp.float32)  # too large a map
+        assert chosen("auto", Layout(56, 56, 7, 3, 3, 32), 2, jnp.bfloat16)
+    with compiling_for("TPU v4"):  # of little vector memory
+        assert not chosen("auto", Layout(56, 56, 7, 3, 3, 32), 2, jnp.bfloat16)
+        assert chosen("auto", Layout(28, 28, 7, 3, 6, 32), 2, jnp.bfloat16)
     with pytest.raises(ValueError, match="24 features"):
-        window_attention.attend(*kernel_inputs(Layout(4, 4, 2, 1, 1, 24), 1), Layout(4, 4, 2, 1, 1, 24))
+        odd = Layout(4, 4, 2, 1, 1, 24)
+        window_attention.attend(*kernel_inputs(odd, 1), odd)
 
 
 def test_weights_come_from_the_code_elsewhere():

@@ -5,14 +5,39 @@ when it is lowered, but then every process traces the kernels, for 10 to 30 s of
 the residuals of either code become those of both.
 """
 
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from esvit_jax.models.kernels.layout import Layout
 
-# Bytes of vector memory a core of a TPU has, by the beginning of its name; others have 64 MiB.
-VECTOR_MEMORY = {"TPU v4": 16, "TPU v3": 16, "TPU v2": 16}
+# MiB of vector memory that a program may take, by the beginning of a device's name.
+ROOM = {"TPU v2": 13, "TPU v3": 13, "TPU v4": 13, "TPU": 48}
+_target = contextvars.ContextVar[str | None]("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(device_kind: str) -> Iterator[None]:
+    """What is traced within is for devices of this kind ("TPU v4"), not for those of jax.devices().
+
+    Args:
+      device_kind: as `jax.Device.device_kind` names it.
+    """
+    token = _target.set(device_kind)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _room() -> int:
+    """Bytes, 0 if the target is no TPU."""
+    kind = _target.get() or jax.devices()[0].device_kind
+    return next((mib for name, mib in ROOM.items() if kind.startswith(name)), 0) * 2**20
 
 
 def chosen(attention: str, layout: Layout, maps: Any, dtype: Any) -> bool:
@@ -25,19 +50,17 @@ def chosen(attention: str, layout: Layout, maps: Any, dtype: Any) -> bool:
         raise ValueError(f'attention must be "auto", "xla" or "pallas", not {attention!r}')
     if attention != "auto":
         return attention == "pallas"
-    if jax.default_backend() != "tpu" or not isinstance(maps, int):
+    if not (room := _room()) or not isinstance(maps, int):
         return False
-    from esvit_jax.models.kernels import window_attention
+    from esvit_jax.models.kernels import programs
 
-    kind = jax.devices()[0].device_kind
-    room = next((mib for name, mib in VECTOR_MEMORY.items() if kind.startswith(name)), 64)
-    return window_attention.supported(layout) and (
-        window_attention.memory(layout, maps, dtype) < 0.9 * room * 2**20
-    )
+    layout = dataclasses.replace(layout, room=room)
+    return layout.supported and programs.fits(layout, dtype)
 
 
 def attend(qkv: Any, padding: Any, bias: Any, layout: Layout) -> Any:
     """`window_attention.attend`; Pallas is imported where it is used, as it takes a second."""
     from esvit_jax.models.kernels import window_attention
 
+    layout = dataclasses.replace(layout, room=_room() or layout.room)
     return window_attention.attend(qkv, padding, bias, layout)

@@ -27,6 +27,7 @@ class Layout:
       shift: of the windows; 0 if the map is one.
       heads, dim: attention heads, and features of each.
       padding_key: one more key in the window, the padding token's (if the map is one window).
+      room: bytes of a core's vector memory that a program may take.
     """
 
     height: int
@@ -36,6 +37,12 @@ class Layout:
     heads: int
     dim: int
     padding_key: bool = False
+    room: int = 48 * 2**20
+
+    @property
+    def supported(self) -> bool:
+        """Whether heads divide the lanes of a register."""
+        return self.dim <= LANES and LANES % self.dim == 0
 
     @property
     def tokens(self) -> int:
@@ -97,6 +104,10 @@ class Layout:
         """Units of all heads; the last one may lack some."""
         return -(-self.heads // self.group)
 
+    def jobs(self) -> list[tuple[int, int]]:
+        """(window column, tile) of all that one row of windows has."""
+        return [(x, tile) for x in range(self.windows[1]) for tile in range(self.tiles)]
+
     def place(self, unit: int) -> tuple[int, int]:
         """(tile, first lane) of a unit's features."""
         return divmod(unit * self.group * self.dim, LANES)
@@ -134,9 +145,7 @@ class Layout:
         """Biases where logits lie: keys along rows, (head, query) along lanes."""
         n = self.lines * self.columns
         spare = self.slots - self.columns
-        x = bias[..., :n].reshape(
-            self.heads, self.lines, self.columns, self.lines, self.columns
-        )
+        x = bias[..., :n].reshape(self.heads, self.lines, self.columns, self.lines, self.columns)
         x = jnp.pad(x, ((0, 0),) * 4 + ((0, spare),), constant_values=NEVER)
         if self.padding_key:
             x = x.at[:, :, :, 0, self.columns].set(
