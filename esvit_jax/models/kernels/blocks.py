@@ -127,7 +127,7 @@ def unpack(blocks: Blocks, source: Any, scratch: Any, parts: int, padding: Any, 
         for plane, piece in enumerate(planes(rows)):
             scratch[plane, pl.ds(margin + start, count), :] = piece
 
-    _in_chunks(blocks.used, copy)
+    _in_chunks(blocks.used, parts * tiles, copy)
     for plane in range(parts * tiles):
         empty = jnp.zeros((margin, LANES), F32)
         scratch[plane, pl.ds(0, margin), :] = empty
@@ -154,11 +154,15 @@ def pack(blocks: Blocks, scratch: Any, target: Any, parts: int) -> None:
                 rows.append(piece[:, :width])
         target[pl.ds(start, count), :] = jnp.concatenate(rows, axis=1).astype(target.dtype)
 
-    _in_chunks(blocks.used, copy)
+    _in_chunks(blocks.used, parts * tiles, copy)
 
 
-def _in_chunks(rows: int, copy: Any, chunk: int = 112) -> None:
-    """copy(first row, number of rows) over all rows, `chunk` at a time."""
+def _in_chunks(rows: int, planes: int, copy: Any) -> None:
+    """copy(first row, number of rows) over all rows, some 128 registers at a time.
+
+    Fewer, and each waits for rotations of lanes; more is more code for nothing.
+    """
+    chunk = max(32, 1024 // planes // 16 * 16)
 
     def body(i: Any, carry: Any) -> Any:
         copy(pl.multiple_of(i * chunk, chunk), chunk)
