@@ -96,6 +96,9 @@ FIELDS: dict[str, Field] = {
     "backbone.image_size": Field(None, "pixels; fixes windows and shifts", optional(PIXELS)),
     "backbone.drop_path_rate": Field(None, "of the last block", optional(number(0, 1, without=1))),
     "backbone.attention_dtype": Field(None, "of the attention logits", optional(DTYPE)),
+    "backbone.attention": Field(
+        None, "by which code windows are attended; auto is the kernel (pallas) on TPUs",
+        optional(one_of("xla", "pallas", "auto")), free=True),
 
     "head.num_prototypes": Field(65536, "K, of each of the two heads", whole(2, 100_000_000)),
     "head.hidden_dim": Field(2048, "features of the hidden layers", FEATURES),

@@ -15,6 +15,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from esvit_jax.models import kernels
+from esvit_jax.models.kernels.layout import Layout
 from esvit_jax.models.layers import LINEAR_INIT, Linear, Size
 
 
@@ -113,6 +115,17 @@ def add_padding(
     return key, value, jnp.concatenate([bias, total], axis=-1)
 
 
+def one_window_bias(
+    bias: Float[Array, "heads n2 n2"], tokens: np.ndarray, padding: np.ndarray
+) -> Float[Array, "heads n k"]:
+    """Of the tokens of a map within one window; `add_padding`'s key, if any, comes last."""
+    bias = bias[:, tokens]
+    if not len(padding):
+        return bias[..., tokens]
+    total = nn.logsumexp(bias[..., padding], axis=-1, keepdims=True)
+    return jnp.concatenate([bias[..., tokens], total], axis=-1)
+
+
 def attention_logits(
     query: Float[Array, "b m heads n d"],
     key: Float[Array, "b m heads k d"],
@@ -191,6 +204,7 @@ class WindowAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
     return_weights: bool = False
+    attention: str = "xla"  # by which code; see `Swin`
 
     @nn.compact
     def __call__(
@@ -210,12 +224,19 @@ class WindowAttention(nn.Module):
             "relative_position_bias_table", LINEAR_INIT, ((2 * size - 1) ** 2, heads)
         )
         bias = jnp.take(table, relative_position_index(size).reshape(-1), axis=0)
-        bias = jnp.broadcast_to(
-            rearrange(bias, "(q k) heads -> heads q k", q=size**2), (m, heads, size**2, size**2)
-        )
+        relative = rearrange(bias, "(q k) heads -> heads q k", q=size**2)
+        bias = jnp.broadcast_to(relative, (m, heads, size**2, size**2))
         if shift:
             bias += shift_mask(lines, columns, size, shift)[:, None]
         project = Linear(3 * dim, dtype=self.dtype, name="qkv")
+        layout = self._layout(shape, dim)
+        if not self.return_weights and kernels.chosen(self.attention, layout, shape[0], self.dtype):
+            if m == 1:
+                relative = one_window_bias(bias[0], *window_positions(height, width, size, shift))
+            padding = jnp.zeros_like(rows[:1])
+            padding = project(padding) if layout.padded else jnp.tile(padding, (1, 3))
+            out = kernels.attend(project(rows), padding, relative, layout)
+            return Linear(dim, dtype=self.dtype, name="proj")(out), None
 
         # A map within one window stays as it is, and its padding becomes one key.
         one_window = m == 1 and not self.return_weights
@@ -241,3 +262,11 @@ class WindowAttention(nn.Module):
             return out, None
         logits = attention_logits(query, key, bias, self.logits_dtype)
         return out, nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+    def _layout(self, shape: tuple[Size, int, int], dim: int) -> Layout:
+        """What the kernel has to know: a map that fits one window is one, of its own shape."""
+        (_, height, width), size, heads = shape, self.window_size, self.num_heads
+        if max(height, width) <= size:
+            padded = (height, width) != (size, size)
+            return Layout(height, width, None, 0, heads, dim // heads, padded)
+        return Layout(height, width, size, self.shift, heads, dim // heads)

@@ -43,6 +43,7 @@ class SwinBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
     return_weights: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -61,6 +62,7 @@ class SwinBlock(nn.Module):
             dtype=self.dtype,
             logits_dtype=self.logits_dtype,
             return_weights=self.return_weights,
+            attention=self.attention,
             name="attn",
         )(y, shape)
         rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, shape[0], train)
@@ -125,6 +127,7 @@ class Stage(nn.Module):
     dtype: DTypeLike = jnp.float32
     logits_dtype: DTypeLike = jnp.float32
     return_weights: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -148,6 +151,7 @@ class Stage(nn.Module):
                 dtype=self.dtype,
                 logits_dtype=self.logits_dtype,
                 return_weights=self.return_weights,
+                attention=self.attention,
                 name=f"blocks_{j}",
             )(rows, (images, height, width), train)
             maps.append(rows.reshape(x.shape))
@@ -171,6 +175,8 @@ class Swin(Backbone):
       drop_path_rate: of the last block; grows linearly from 0 at the first.
       dtype: of matrix products and of the maps between blocks.
       attention_dtype: in which attention logits are kept ("float32" or "bfloat16").
+      attention: by which code windows are attended: "xla"; "pallas", the TPU kernel (interpreted
+        elsewhere, which is slow); or "auto", the kernel on TPUs that have room for it.
       remat: what the backward pass computes again: "none", "dots" (all but products with
         weights) or "block" (whole blocks).
     """
@@ -186,6 +192,7 @@ class Swin(Backbone):
     dtype: DTypeLike = jnp.float32
     attention_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
 
     def stage_window(self, stage: int) -> tuple[int, int]:
         """(window size, shift) of a stage: one window over the map where that covers it."""

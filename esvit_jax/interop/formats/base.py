@@ -134,6 +134,7 @@ def load_exportable(
 def _in_float32(backbone: Backbone) -> Backbone:
     known = {field.name for field in dataclasses.fields(backbone)}
     fields = {"dtype": jnp.float32, "attention_dtype": "float32", "remat": "none"}
+    fields["attention"] = "xla"  # for any platform
     return backbone.clone(**{name: value for name, value in fields.items() if name in known})
 
 
