@@ -1,5 +1,6 @@
 """Runs on disk: configs edited by hand, damaged checkpoints, and a workdir of version 0.1.0."""
 
+import gc
 import io
 import json
 import tarfile
@@ -52,7 +53,8 @@ def test_an_edit_by_hand_is_refused(tmp_path, tiny_config, field, value):
     content["config"][field] = value
     path.write_text(json.dumps(content))
     message = refusal(read_config, tmp_path)
-    assert message.startswith(f"{path}: ") and field in message and repr(value) in message
+    assert message.startswith(f"{path}: config.{field} ")
+    assert repr(value) in message or "is no field" in message
     assert refusal(load_model, tmp_path) == message
 
 
@@ -102,6 +104,8 @@ def test_an_old_workdir_loads(old_workdir):
     assert out.view_features.shape == (2, 16) and np.isfinite(out.view_features).all()
 
 
+# Of a read that failed, orbax leaves coroutines behind, which complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_missing_steps_and_damage(old_workdir, tmp_path):
     assert refusal(load_model, old_workdir, 4).endswith("no checkpoint of step 4; it has steps [3]")
     with tarfile.open(ARCHIVE) as archive:
@@ -114,6 +118,7 @@ def test_missing_steps_and_damage(old_workdir, tmp_path):
     (damaged / "config.json").unlink()
     assert refusal(load_model, damaged) == f"{damaged} has checkpoints but no config.json"
     assert checkpoint.has_checkpoint(damaged)
+    gc.collect()
 
 
 def test_an_old_workdir_goes_on(old_workdir):
