@@ -8,7 +8,7 @@ the first item alone.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,7 +239,7 @@ class LoadedModel(NamedTuple):
         return networks[key]
 
     @property
-    def params(self) -> PyTree:
+    def params(self) -> Any:
         """The network to evaluate."""
         return self.network()
 
@@ -302,9 +302,9 @@ def save_model(
     *,
     config: ConfigDict,
     facts: dict[str, Any],
-    teacher: PyTree,
-    student: PyTree | None = None,
-    centers: Mapping[str, PyTree] | None = None,
+    teacher: Any,
+    student: Any = None,
+    centers: Any = None,
     step: int = 0,
 ) -> None:
     """Writes a directory that `load_model` reads: a converted checkpoint.

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from esvit_jax import parallel, steps
 from esvit_jax.config import ConfigDict
@@ -29,7 +28,7 @@ def evaluation_images(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Ar
     )
 
 
-def view_features(backbone: Backbone, config: ConfigDict) -> Callable[[PyTree, dict], jax.Array]:
+def view_features(backbone: Backbone, config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
     """(the backbone's params, batch) -> view features f32[b, d]."""
 
     def extract(params, batch):
@@ -38,7 +37,7 @@ def view_features(backbone: Backbone, config: ConfigDict) -> Callable[[PyTree, d
     return extract
 
 
-def raw_pixels(config: ConfigDict) -> Callable[[PyTree, dict], jax.Array]:
+def raw_pixels(config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
     """(anything, batch) -> the image itself as features f32[b, h * w * 3], as a baseline."""
 
     def extract(_, batch):
@@ -71,7 +70,7 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        extract: Callable[[PyTree, dict], PyTree],
+        extract: Callable[[Any, dict], Any],
         config: ConfigDict,
         sources: Sequence[Source | TFRecordSource] = (),
     ):
@@ -84,7 +83,7 @@ class FeatureExtractor:
         self._progress = "features"
 
     def batches(
-        self, params: PyTree, source: Source | TFRecordSource, first_batch: int = 0
+        self, params: Any, source: Source | TFRecordSource, first_batch: int = 0
     ) -> Iterator[dict[str, Any]]:
         """{"features", "label", "id"} of the images of a batch, in order, without padding.
 
@@ -121,9 +120,7 @@ class FeatureExtractor:
         """How far it is, on one line, for `runlog.alive.signs_of_life`."""
         return self._progress
 
-    def arrays(
-        self, params: PyTree, source: Source | TFRecordSource
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, params: Any, source: Source | TFRecordSource) -> tuple[np.ndarray, np.ndarray]:
         """Features f32[n, d] and labels int32[n] (-1 for none) of all images, in memory.
 
         n is the number of images that could be read, which may be less than `len(source)`.
