@@ -202,7 +202,7 @@ def test_backbone_alone_is_exported(workdir, tmp_path):
 def test_a_backbone_without_names_goes_where_none_are_needed(workdir, tmp_path, monkeypatch):
     monkeypatch.delitem(FAMILIES, Swin)
     assert export(workdir, tmp_path / "out", format="stablehlo")
-    assert "| architecture | Swin;" in (tmp_path / "out" / "model_card.md").read_text()
+    assert "| architecture | Swin |" in (tmp_path / "out" / "model_card.md").read_text()
     with pytest.raises(UserError, match="a Swin has no names in files yet"):
         export(workdir, tmp_path / "timm", format="timm")
 
