@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from esvit_jax import config as config_lib
 from esvit_jax import parallel
@@ -109,7 +110,7 @@ def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
         ) from error
 
 
-def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_state(state: TrainState) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """The items "model" and "training" of a checkpoint."""
     *moments, teacher = state.opt_state
     model = {"student": state.params, "teacher": teacher.params, "centers": state.centers}
@@ -117,7 +118,7 @@ def split_state(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"counts": counts, "opt_state": moments}
 
 
-def join_state(model: dict[str, Any], training: dict[str, Any]) -> TrainState:
+def join_state(model: dict[str, PyTree], training: dict[str, PyTree]) -> TrainState:
     """The inverse of `split_state`."""
     return TrainState(
         step=training["counts"]["step"],
@@ -129,7 +130,7 @@ def join_state(model: dict[str, Any], training: dict[str, Any]) -> TrainState:
     )
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: PyTree) -> PyTree:
     """Shapes, with the sharding that the arrays are to be restored with."""
     sharding = parallel.replicated_sharding()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -216,12 +217,12 @@ class LoadedModel(NamedTuple):
     config: ConfigDict
     origin: dict[str, Any]
     model: EsViT
-    student: Any
-    teacher: Any
-    centers: Any
+    student: PyTree
+    teacher: PyTree
+    centers: dict[str, jax.Array]
     step: int
 
-    def network(self, key: str | None = None) -> Any:
+    def network(self, key: str | None = None) -> PyTree:
         """The params of one of the two networks.
 
         Args:

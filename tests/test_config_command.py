@@ -72,7 +72,7 @@ def test_without_the_data_it_says_what_is_missing(capsys: Capture):
     [
         ("--config.backbone.num_heads=(3,5)", r"config\.backbone\.num_heads = \(3, 5\): 5 does"),
         ("--config.data.canvas_size=16", r"config\.data\.canvas_size = 16: it must be at least 32"),
-        ("--num_images=0", "--num_images=0: it must be at least 1"),
+        ("--num_images=0", "--num_images: '0' is no whole number from 1 up"),
         ("--num_devices=7", r"config\.batch_size = 32: 7 devices need a multiple of 7"),
     ],
 )

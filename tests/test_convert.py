@@ -404,6 +404,11 @@ def test_command_line(tmp_path, capsys):
     assert "image size 64: as told" in printed
     assert "view and region heads of 16 prototypes (hidden 12, bottleneck 6)" in printed
     assert printed.endswith(f"written: {tmp_path / 'a'}\n")
-    for flag in ("--window=0", "--image_size=30", "--from=missing.safetensors", "--to=a/../"):
-        with pytest.raises(UserError, match=f"^{flag}: "):
+    for flag, named in (
+        ("--window=0", "--window: '0' is no whole number from 1 up"),
+        ("--image_size=30", "--image_size=30: "),
+        ("--from=missing.safetensors", "--from=missing.safetensors: "),
+        ("--to=a/../", "--to=a/../: "),
+    ):
+        with pytest.raises(UserError, match=f"^{named}"):
             main([f"--from={file}", f"--to={tmp_path / 'b'}", flag])

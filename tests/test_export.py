@@ -28,9 +28,10 @@ from esvit_jax.interop.formats.base import (
     write_tensors,
 )
 from esvit_jax.interop.load import load
+from esvit_jax.interop.names import FAMILIES
 from esvit_jax.interop.names.published import params_from_state_dict
 from esvit_jax.interop.names.swin import SwinFamily
-from esvit_jax.models import create_model
+from esvit_jax.models import Swin, create_model
 from esvit_jax.state import init_params
 
 DATA = Path(__file__).parent / "data"
@@ -196,6 +197,14 @@ def test_backbone_alone_is_exported(workdir, tmp_path):
     _, variables, _ = load(tmp_path / "out")
     expected = checkpoint.load_model(workdir).student["backbone"]
     jax.tree.map(np.testing.assert_array_equal, variables["params"], expected)
+
+
+def test_a_backbone_without_names_goes_where_none_are_needed(workdir, tmp_path, monkeypatch):
+    monkeypatch.delitem(FAMILIES, Swin)
+    assert export(workdir, tmp_path / "out", format="stablehlo")
+    assert "| architecture | Swin |" in (tmp_path / "out" / "model_card.md").read_text()
+    with pytest.raises(UserError, match="a Swin has no names in files yet"):
+        export(workdir, tmp_path / "timm", format="timm")
 
 
 def test_stablehlo_runs_without_this_package(workdir, tmp_path):

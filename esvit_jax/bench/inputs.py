@@ -239,7 +239,8 @@ def fidelity(config: ConfigDict, photos: str, canvas_size: int) -> dict[str, flo
                 ("local", boxes[2:], views.local_size),
             ):
                 for box in chosen:
-                    difference = _crop(small, box, side) - _crop(full, box * scale, side)
+                    in_full = box.astype(jnp.float32) * scale
+                    difference = _crop(small, box, side) - _crop(full, in_full, side)
                     errors[kind].append(float(jnp.abs(difference).mean()))
     return {kind: float(np.mean(values)) for kind, values in errors.items() if values}
 

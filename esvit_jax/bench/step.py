@@ -3,12 +3,14 @@
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.stages import Compiled
+from jaxtyping import Array, PyTree
 
 from esvit_jax import parallel
 from esvit_jax.bench.timing import Timing, time_in_turns
@@ -84,6 +86,7 @@ def bench_step(work: Workload, rounds: int) -> StepSpeed:
     compiled, run_step = compile_step(work)
     compile_seconds = time.perf_counter() - start
     devices, memory = jax.device_count(), compiled.memory_analysis()
+    assert memory is not None
     product, operations = matrix_product(work.config.dtype)
     times = time_in_turns({"step": run_step, "product": product}, rounds)
     seconds = times["step"].median
@@ -103,7 +106,7 @@ def bench_step(work: Workload, rounds: int) -> StepSpeed:
     )
 
 
-def compile_step(work: Workload) -> tuple[Any, Callable[[], Any]]:
+def compile_step(work: Workload) -> tuple[Compiled, Callable[[], dict[str, Array]]]:
     """The compiled step, and a call that takes one step further each time."""
     state = parallel.replicate(work.state, work.config.parallel)
     step = parallel.on_all_devices(work.recipe.step, work.config.parallel, donate=True)
@@ -161,8 +164,8 @@ class StepParts(NamedTuple):
     teacher: Callable[[], EsViTOutput]
     student: Callable[[], EsViTOutput]
     losses: Callable[[], EsViTOutput]
-    gradients: Callable[[], Any]
-    optimizer: Callable[[], Any]
+    gradients: Callable[[], tuple[PyTree, dict[str, Array], dict[str, Array], Array]]
+    optimizer: Callable[[], PyTree]
 
 
 def step_parts(work: Workload) -> StepParts:

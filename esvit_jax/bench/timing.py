@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -16,7 +16,7 @@ class Timing(NamedTuple):
     high: float
 
 
-def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+def time_in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Calls each once to warm up, then all of them one after the other, `rounds` times.
 
     A call has ended when the arrays it returns are there.

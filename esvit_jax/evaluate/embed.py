@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console
 
 from esvit_jax.checkpoint import LoadedModel, load_model
@@ -185,7 +186,7 @@ class _Work:
         config.evaluate.batch_size = batch_size or config.evaluate.batch_size
         self._loaded, self._config, self.source, self._regions = loaded, config, source, regions
 
-        def extract(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def extract(params: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             out = backbone.forward(params, evaluation_images(config, batch))
             if not regions:
                 return {"view_features": out.view_features}

@@ -5,7 +5,9 @@ results are printed, written and drawn as all others are.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import PyTree
 
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source
@@ -21,7 +23,7 @@ class Evaluator(Protocol):
         """Whether the teacher after so many steps is to be evaluated."""
         ...
 
-    def __call__(self, params: Mapping[str, Any], step: int) -> Result:
+    def __call__(self, params: Mapping[str, PyTree], step: int) -> Result:
         """Evaluates a network.
 
         Args:

@@ -1,7 +1,8 @@
 """k-NN while a run trains."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from jaxtyping import PyTree
 
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source, open_source
@@ -47,7 +48,7 @@ class KnnEvaluator:
     def due(self, step: int) -> bool:
         return step % self._config.knn_every_steps == 0 or step == self._total_steps
 
-    def __call__(self, params: Mapping[str, Any], step: int) -> Result:
+    def __call__(self, params: Mapping[str, PyTree], step: int) -> Result:
         return self._result(self._extractor, params["backbone"], TEACHER, step)
 
     def baselines(self) -> list[Result]:
@@ -56,7 +57,7 @@ class KnnEvaluator:
         return [self._result(pixels, {}, RAW_PIXELS, None)]
 
     def _result(
-        self, extractor: FeatureExtractor, params: Any, subject: str, step: int | None
+        self, extractor: FeatureExtractor, params: PyTree, subject: str, step: int | None
     ) -> Result:
         found = []
         for source in self._sources:

@@ -138,7 +138,7 @@ def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usag
     """
     backbone, views = source.backbone, source.loaded.config.views
     return CARD.format(
-        architecture=source.family.describe(backbone).removeprefix("a "),
+        architecture=source.architecture,
         parameters=sum(x.size for x in jax.tree.leaves(source.params)),
         features=backbone.num_features,
         size=source.image_size,

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from esvit_jax.config import ConfigDict
+from esvit_jax.config.fields import ConfigDict  # not of the package, whose checks stand on this
 from esvit_jax.errors import UserError
 from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.esvit import EsViT

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
 from esvit_jax.interop.infer import LARGEST_IMAGE, not_finite
-from esvit_jax.interop.names import family_of
+from esvit_jax.interop.names import FAMILIES, family_of
 from esvit_jax.interop.names.base import Family, Peer
 from esvit_jax.interop.names.published import (
     Tensors,
@@ -37,7 +37,6 @@ class Exportable(NamedTuple):
       loaded: the run or converted checkpoint that it comes from.
       key: "teacher" or "student", whose weights these are.
       backbone: computes in float32, whatever it was trained in.
-      family: its names.
       params: of the backbone, on the host.
       image_size: pixels along a side of the images it is exported for and checked on.
       features: (params, images f32[b, h, w, 3]) -> view features f32[b, d]; compiled once.
@@ -46,10 +45,25 @@ class Exportable(NamedTuple):
     loaded: checkpoint.LoadedModel
     key: str
     backbone: Backbone
-    family: Family[Any]
     params: Any
     image_size: int
     features: Callable[[Any, Any], Any]
+
+    @property
+    def family(self) -> Family[Any]:
+        """The backbone's names in files.
+
+        Raises:
+          UserError: its class has none, so that only formats without names can hold it.
+        """
+        return family_of(self.backbone)
+
+    @property
+    def architecture(self) -> str:
+        """The backbone in words."""
+        if type(self.backbone) in FAMILIES:
+            return self.family.describe(self.backbone).removeprefix("a ")
+        return type(self.backbone).__name__
 
     @property
     def resize_size(self) -> int:
@@ -127,8 +141,7 @@ def load_exportable(
     def features(params, images):
         return backbone.forward(params, images).view_features
 
-    family = family_of(backbone)
-    return Exportable(loaded, chosen, backbone, family, params, size, features)
+    return Exportable(loaded, chosen, backbone, params, size, features)
 
 
 def _in_float32(backbone: Backbone) -> Backbone:
