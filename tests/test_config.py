@@ -54,9 +54,11 @@ def test_a_section_stands_together():
 
 
 def test_default_config_is_that_of_0_1_0():
+    """But for fields that are new, which an old config leaves at their defaults."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
-    assert flatten(default_config()) == old
-    assert list(flatten(default_config())) == list(old)  # the order in config.json
+    new = {"backbone.attention": None}
+    assert flatten(default_config()) == old | new
+    assert [n for n in flatten(default_config()) if n not in new] == list(old)  # in their order
     loaded = unflatten(old)
     assert loaded == default_config() and differences(loaded, default_config()) == []
     assert old["total_epochs"] == 300 and type(loaded.total_epochs) is float
@@ -73,6 +75,7 @@ ONE_OF = {
     "init_parts": "heads",
     "optimizer.name": "adam",
     "backbone.attention_dtype": "float16",
+    "backbone.attention": "cuda",
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
@@ -277,6 +280,7 @@ def test_differences_names_what_makes_another_run():
 
 
 FREE = {
+    "backbone.attention",
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
     "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
