@@ -12,7 +12,7 @@ stay fractional, so one operation differs from Pillow's by about half a level.
 
 import itertools
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ Image = Float[Array, "3 h w"]
 Number = int | float | Real[Array, ""]
 
 
-@runtime_checkable
 class ViewOptions(Protocol):
     """The section `views` of a config, which says what its fields are."""
 
@@ -60,6 +59,13 @@ class ViewOptions(Protocol):
     std: tuple[float, float, float]
 
 
+if TYPE_CHECKING:
+    ViewSection = ViewOptions
+else:
+    # A config finds its fields by __getattr__, where checks of protocols at run time do not look.
+    ViewSection = Any
+
+
 class ViewParameters(NamedTuple):
     """What is drawn for v views. An operation that does not happen has its neutral value."""
 
@@ -77,7 +83,7 @@ def augment(
     keys: Key[Array, " b"],
     canvas: UInt8[Array, "b s s 3"],
     size: Int[Array, "b 2"],
-    views: ViewOptions,
+    views: ViewSection,
 ) -> dict[str, Float[Array, "v b p p 3"]]:
     """Cuts all views of every image.
 
@@ -146,7 +152,7 @@ def center_view(
 
 
 def sample_parameters(
-    key: Key[Array, ""], size: Int[Array, " 2"], views: ViewOptions
+    key: Key[Array, ""], size: Int[Array, " 2"], views: ViewSection
 ) -> ViewParameters:
     """Draws the parameters of all views of one image: global 1, global 2, then the local ones.
 
@@ -226,7 +232,7 @@ def round_to_int(x: Array) -> Array:
 
 
 def render_view(
-    image: Image, p: ViewParameters, view_size: int, views: ViewOptions
+    image: Image, p: ViewParameters, view_size: int, views: ViewSection
 ) -> Float[Array, "{view_size} {view_size} 3"]:
     """Makes one view of an image from its parameters (a `ViewParameters` without the axis v)."""
     view = resized_crop(image, p.box, view_size, flip=p.flip)

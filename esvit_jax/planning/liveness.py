@@ -149,8 +149,8 @@ class _Program:
         inner = peak_bytes(body, merging=self._merging)
         if equation.primitive.name != "scan":
             return inner
-        first = equation.params["num_consts"] + equation.params["num_carry"]
-        slices = (array_of(var) for var in body.invars[first:])
+        pairs = zip(equation.invars, body.invars, strict=True)
+        slices = (array_of(y) for x, y in pairs if array_of(x).shape != array_of(y).shape)
         return inner + sum(x.size * getattr(x.dtype, "itemsize", 4) for x in slices)
 
     def _needed(self, operations: list[Operation]) -> list[Operation]:
