@@ -22,6 +22,7 @@ from jax.stages import Lowered
 from esvit_jax import parallel
 from esvit_jax.config import ConfigDict, resolve, unflatten
 from esvit_jax.errors import UserError
+from esvit_jax.models.kernels import compiling_for
 from esvit_jax.planning import cycles
 from esvit_jax.planning.breakdown import Costliest, Part, breakdown, costliest
 from esvit_jax.planning.estimate import Expected, Floor, expected, floor
@@ -87,7 +88,9 @@ def measure(
     if quick and machine.chip:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     start = time.perf_counter()
-    program = compile_program(step.lower(state, batch))
+    with compiling_for(devices[0].device_kind):  # and not for the CPU that traces it
+        lowered = step.lower(state, batch)
+    program = compile_program(lowered)
     seconds = time.perf_counter() - start
 
     cores, memory = len(devices) // chips, machine.memory
