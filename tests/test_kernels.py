@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from replay_golden import Replay
 
+from esvit_jax.models import Swin
 from esvit_jax.models.attention import WindowAttention, shift_mask
 from esvit_jax.models.kernels import chosen, compiling_for, programs, window_attention
 from esvit_jax.models.kernels.layout import NEVER, Layout
@@ -170,6 +171,16 @@ def test_other_codes():
     with pytest.raises(ValueError, match="24 features"):
         odd = Layout(4, 4, 2, 1, 1, 24)
         window_attention.attend(*kernel_inputs(odd, 1), odd)
+
+
+def test_swin_hands_its_choice_to_every_block():
+    for code, calls in (("xla", 0), ("pallas", 2)):
+        swin = Swin(8, (2,), (1,), window_size=2, image_size=16, attention=code)
+        images = jnp.zeros((1, 16, 16, 3))
+        params = jax.eval_shape(swin.init, jax.random.key(0), images)["params"]
+        jaxpr = jax.make_jaxpr(lambda p, x, swin=swin: swin.forward(p, x))(params, images)
+        found = str(jaxpr).count("pallas_call[")  # in a block also for other platforms
+        assert found >= calls if calls else found == 0
 
 
 def test_weights_come_from_the_code_elsewhere():

@@ -256,6 +256,7 @@ class Swin(Backbone):
                 dtype=self.dtype,
                 logits_dtype=jnp.dtype(self.attention_dtype),
                 return_weights="attention" in outputs,
+                attention=self.attention,
                 name=f"layers_{i}",
             )(x, train)
             stage_maps.append(maps[-1])
