@@ -51,7 +51,7 @@ def _softmax_start(rows: int) -> tuple[Array, Array, Array]:
     return zeros - jnp.inf, zeros, zeros
 
 
-def _softmax_step(carry, logits):
+def _softmax_step(carry, logits, dtype):
     """Adds a chunk of logits to (max, sum of exp, sum of exp * logit), all relative to the max.
 
     Returns:
@@ -62,9 +62,19 @@ def _softmax_step(carry, logits):
     exps = jnp.exp(logits - new_top[:, None])
     scale = jnp.exp(top - new_top)
     # Padding has logit -inf and weight 0; their product must be 0.
-    weighted = jnp.where(exps > 0, exps * logits, 0.0).sum(axis=-1)
-    carry = (new_top, total * scale + exps.sum(axis=-1), total_logit * scale + weighted)
+    weighted = _row_sums(jnp.where(exps > 0, exps * logits, 0.0), dtype)
+    carry = (new_top, total * scale + _row_sums(exps, dtype), total_logit * scale + weighted)
     return carry, exps, scale
+
+
+def _row_sums(x, dtype):
+    """Sums over the last axis; those of a coarser dtype by a product with ones.
+
+    A TPU adds up the lanes of a register in more time than its matrix units take for a product.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return x.sum(axis=-1)
+    return _matmul("rk,kl->rl", x, jnp.ones((x.shape[-1], 128)), dtype)[:, 0]
 
 
 def _matmul(subscripts, a, b, dtype):
@@ -101,7 +111,7 @@ def _log_normalizer_value(rows, prototypes, temp, chunk_size, dtype) -> tuple[Ar
 
 def _log_normalizer_forward(rows, prototypes, temp, chunk_size, dtype):
     def body(carry, xs):
-        return _softmax_step(carry, _logits(rows, xs, temp, dtype))[0], None
+        return _softmax_step(carry, _logits(rows, xs, temp, dtype), dtype)[0], None
 
     start = _softmax_start(rows.shape[0])
     (top, total, total_logit), _ = jax.lax.scan(body, start, _chunks(prototypes, chunk_size))
@@ -174,7 +184,7 @@ def _expected_forward(
         softmax, expected = carry
         teacher_chunk, offset, student_chunk = xs
         softmax, exps, scale = _softmax_step(
-            softmax, _logits(rows, (teacher_chunk, offset), temp, dtype)
+            softmax, _logits(rows, (teacher_chunk, offset), temp, dtype), dtype
         )
         expected *= scale[:, None]
         return (softmax, expected + _matmul("rk,kd->rd", exps, student_chunk, dtype)), None

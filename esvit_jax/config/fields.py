@@ -141,7 +141,7 @@ FIELDS: dict[str, Field] = {
         30, "epochs over which it rises, in a line", whole(0, 1_000_000)),
     "loss.center_momentum": Field(0.9, "of the running means of the teacher's logits", share()),
     "loss.prototype_chunk": Field(
-        8192, "prototypes held at a time; 0 means all", whole(0, 100_000_000), free=True),
+        4096, "prototypes held at a time; 0 means all", whole(0, 100_000_000), free=True),
 
     "optimizer.name": Field(
         "adamw", "how gradients become updates", one_of("adamw", "sgd", "lars")),

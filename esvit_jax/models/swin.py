@@ -19,10 +19,13 @@ from esvit_jax.models.attention import WindowAttention
 from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo, check_outputs
 from esvit_jax.models.layers import (
     DropPath,
+    Kernel,
     LayerNorm,
-    Linear,
     Mlp,
+    NormParameters,
     Size,
+    add_bias,
+    product,
     uniform_fan_in,
 )
 
@@ -73,18 +76,44 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the map and doubles the features."""
+    """Halves the map and doubles the features: norm and product over the four tokens of a square.
+
+    Putting the four side by side costs a TPU several copies of the map. So each token is
+    normalised where it is, and meets its own quarter of the kernel, which has the norm's scale in
+    it.
+    """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d2"]:
-        dim = x.shape[-1]
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        images, height, width, dim = x.shape
+        scale, bias = NormParameters(4 * dim, name="norm")()
+        kernel = Kernel((4 * dim, 2 * dim), name="reduction")()
+
+        x = x.astype(jnp.float32)
+        x -= square_means(jnp.mean(x, axis=-1))[..., None]
+        x *= jax.lax.rsqrt(square_means(jnp.mean(x * x, axis=-1)) + 1e-6)[..., None]
         # The published order of the four neighbours: down before right.
-        x = rearrange(x, "b (h y) (w x) d -> b h w (x y d)", y=2, x=2)
-        x = LayerNorm(dtype=self.dtype, name="norm")(x)
-        return Linear(2 * dim, use_bias=False, dtype=self.dtype, name="reduction")(x)
+        quarters = jnp.multiply(scale[:, None], kernel).reshape(4, dim, 2 * dim)
+        x, quarters = x.astype(self.dtype), quarters.astype(self.dtype)
+        parts = (x[:, i % 2 :: 2, i // 2 :: 2].reshape(-1, dim) for i in range(4))
+        products = (product(part, q) for part, q in zip(parts, quarters, strict=True))
+        bias = jnp.matmul(bias, kernel, precision="highest")
+        rows = add_bias(sum(products), bias, self.dtype)
+        return rows.reshape(images, height // 2, width // 2, 2 * dim)
+
+
+def square_means(x: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
+    """The mean of its square of 2 x 2 tokens for every token of maps with even sides.
+
+    As products: sums over parts of an axis are slow on a TPU.
+    """
+    rows, columns = (np.kron(np.eye(n // 2), np.full((2, 2), 0.5)) for n in x.shape[1:])
+    return jnp.einsum(
+        "bhw,hy,wx->byx", x, rows.astype(x.dtype), columns.astype(x.dtype), precision="highest"
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -192,7 +221,7 @@ class Swin(Backbone):
     dtype: DTypeLike = jnp.float32
     attention_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "xla"
+    attention: str = "auto"
 
     def stage_window(self, stage: int) -> tuple[int, int]:
         """(window size, shift) of a stage: one window over the map where that covers it."""
