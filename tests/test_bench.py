@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from esvit_jax.bench import inputs
+from esvit_jax.bench import step as bench_step
 from esvit_jax.bench.block import Block, block_cost
 from esvit_jax.bench.losses import bench_losses, plain_losses, random_outputs
 from esvit_jax.bench.step import step_parts, workload
@@ -84,7 +85,8 @@ def bench(capsys, tmp_path, config, *arguments):
 
 
 @reads_a_file
-def test_step_and_split_as_json(capsys, tmp_path, tiny_config):
+def test_step_and_split_as_json(capsys, monkeypatch, tmp_path, tiny_config):
+    monkeypatch.setattr(bench_step, "peak_flops", lambda kind, dtype: {"float32": 1e9}[dtype])
     config = one_device_config(tiny_config)
     result = json.loads(bench(capsys, tmp_path, config, "--json"))
     step = result["step"]
@@ -92,6 +94,8 @@ def test_step_and_split_as_json(capsys, tmp_path, tiny_config):
     assert 0 < low <= median <= high
     assert step["images_per_second"] == pytest.approx(config.batch_size / median)
     assert step["product_share"] == pytest.approx(step["tflops"] / step["product_tflops"])
+    assert step["mfu"] == pytest.approx(step["tflops"] / (jax.device_count() * 1e-3))
+    assert step["peak_bytes"] is None  # a CPU does not say
     assert result["what"]["devices"] == jax.device_count()
     assert result["where"]["versions"]["jax"] == jax.__version__
     assert set(result["split"]) == {
@@ -116,6 +120,7 @@ def test_tables_have_all_parts(capsys, tmp_path, tiny_config):
         ("--rounds=0", "--rounds=0: it must be at least 1"),
         ("--parts=input", "--photos=FOLDER"),
         ("--loss_batches=8,x", "--loss_batches=8,x: whole numbers"),
+        ("--alone", "--alone needs --peer=torch"),
     ],
 )
 def test_wrong_arguments_end_in_a_line(capsys, tmp_path, tiny_config, argument, words):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from esvit_jax.bench.step import Workload, compile_step, step_parts
-from esvit_jax.bench.timing import time_in_turns
+from esvit_jax.bench.step import Workload, augmentation, compile_step, step_parts
+from esvit_jax.bench.timing import Timing, time_in_turns
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
 
@@ -36,6 +36,20 @@ class Comparison(NamedTuple):
     ratio: float
 
 
+class PeerSpeed(NamedTuple):
+    """The peer's step with the device to itself.
+
+    Attributes:
+      step: seconds.
+      images_per_second: at the median.
+      peak_bytes: that PyTorch held at most; None on a CPU, where it does not say.
+    """
+
+    step: Timing
+    images_per_second: float
+    peak_bytes: int | None
+
+
 def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Comparison]:
     """Times three tasks, in turns with our own: one device's share of the batch.
 
@@ -52,15 +66,49 @@ def bench_peer(work: Workload, rounds: int, compiled: bool) -> dict[str, Compari
     Raises:
       UserError: there is more than one device.
     """
-    if jax.device_count() > 1:
-        raise UserError(f"the peer runs on one device, and there are {jax.device_count()}")
-    calls = _our_calls(work) | _peer_calls(work, compiled)
+    device = peer_device()
+    calls = _our_calls(work) | _peer_calls(work, device, compiled)
     times = time_in_turns(calls, rounds)
     results = {}
     for task in ("backbone", "gradients", "step"):
         ours, theirs = (times[f"{who} {task}"].median for who in ("ours", "peer"))
         results[task] = Comparison(ours, theirs, ours / theirs)
     return results
+
+
+def bench_peer_alone(work: Workload, rounds: int, compiled: bool) -> PeerSpeed:
+    """Times the peer's `step` by itself, so that it has all of the device's memory.
+
+    Takes and raises what `bench_peer` does.
+    """
+    device = peer_device()
+    step = _peer_calls(work, device, compiled)["peer step"]
+    timing = time_in_turns({"step": step}, rounds)["step"]
+    cuda = device.type == "cuda"
+    return PeerSpeed(
+        step=timing,
+        images_per_second=work.config.batch_size / timing.median,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
+    )
+
+
+def peer_device() -> torch.device:
+    """PyTorch's name for the one device that jax uses, set to compute float32 as jax does.
+
+    Raises:
+      UserError: there is more than one, or PyTorch does not see it.
+    """
+    if jax.device_count() > 1:
+        raise UserError(f"the peer runs on one device, and there are {jax.device_count()}")
+    if jax.default_backend() == "cpu":
+        return torch.device("cpu")
+    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
+        raise UserError(
+            f"jax runs on {jax.devices()[0].device_kind}, which this torch does not see; "
+            "JAX_PLATFORMS=cpu compares both on the CPU"
+        )
+    torch.set_float32_matmul_precision("high")  # TF32, as jax's products of float32 on a GPU
+    return torch.device("cuda")
 
 
 def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
@@ -91,15 +139,14 @@ def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _peer_calls(work: Workload, compiled: bool) -> dict[str, Callable[[], Any]]:
-    cuda = jax.default_backend() == "gpu"
-    peer = Peer(work, torch.device("cuda" if cuda else "cpu"), compiled)
-    views = to_torch(step_parts(work).augmentation(), peer.device)
+def _peer_calls(work: Workload, device: Any, compiled: bool) -> dict[str, Callable[[], Any]]:
+    peer = Peer(work, device, compiled)
+    views = to_torch(augmentation(work)(), device)
 
     def synchronised(task: Callable[[Any], Any]) -> Callable[[], None]:
         def call():
             task(views)
-            if cuda:
+            if device.type == "cuda":
                 torch.cuda.synchronize()
 
         return call
@@ -148,7 +195,8 @@ class Network(nn.Module):
         with torch.no_grad():  # SwinModel fixes windows and shifts by the first image it sees
             swin(torch.zeros(1, 3, size, size))
         self.swin = swin
-        self.run = torch.compile(swin) if compiled else swin
+        # Both sizes of views get programs of their own, as in jax.
+        self.run = torch.compile(swin, dynamic=False) if compiled else swin
         heads = ["view", "region"] if config.loss.region else ["view"]
         self.heads = nn.ModuleDict(
             {head: Head(backbone.num_features, config.head) for head in heads}

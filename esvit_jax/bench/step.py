@@ -13,6 +13,7 @@ from jax.stages import Compiled
 from jaxtyping import Array, PyTree
 
 from esvit_jax import parallel
+from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.bench.timing import Timing, time_in_turns
 from esvit_jax.config import ConfigDict, resolve
 from esvit_jax.losses import esvit_loss
@@ -65,8 +66,10 @@ class StepSpeed(NamedTuple):
       tflops: operations of the step's matrix products over its time, all devices, in 10¹².
       product_tflops: of a large matrix product on one device, times the devices.
       product_share: `tflops` over `product_tflops`.
+      mfu: share of the devices' peak; None where nobody knows it.
       temp_bytes, argument_bytes: of the compiled step on one device.
-      peak_bytes: that a device says it held at most; None where it does not say.
+      peak_bytes: that a device says it held at most until the end of the first step; None where
+        it does not say.
     """
 
     compile_seconds: float
@@ -75,6 +78,7 @@ class StepSpeed(NamedTuple):
     tflops: float
     product_tflops: float
     product_share: float
+    mfu: float | None
     temp_bytes: int
     argument_bytes: int
     peak_bytes: int | None
@@ -87,12 +91,15 @@ def bench_step(work: Workload, rounds: int) -> StepSpeed:
     compile_seconds = time.perf_counter() - start
     devices, memory = jax.device_count(), compiled.memory_analysis()
     assert memory is not None
+    jax.block_until_ready(run_step())
+    device = jax.local_devices()[0]
+    peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")  # the product adds to it
     product, operations = matrix_product(work.config.dtype)
     times = time_in_turns({"step": run_step, "product": product}, rounds)
     seconds = times["step"].median
     flops = devices * step_flops(work.recipe.step, work.state, work.batch)
     product_tflops = devices * operations / times["product"].median / 1e12
-    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = peak_flops(device.device_kind, work.config.dtype)
     return StepSpeed(
         compile_seconds=compile_seconds,
         step=times["step"],
@@ -100,9 +107,10 @@ def bench_step(work: Workload, rounds: int) -> StepSpeed:
         tflops=flops / seconds / 1e12,
         product_tflops=product_tflops,
         product_share=flops / seconds / 1e12 / product_tflops,
+        mfu=flops / seconds / (devices * peak) if peak else None,
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
-        peak_bytes=stats.get("peak_bytes_in_use"),
+        peak_bytes=peak_bytes,
     )
 
 
@@ -168,13 +176,18 @@ class StepParts(NamedTuple):
     optimizer: Callable[[], PyTree]
 
 
+def augmentation(work: Workload) -> Callable[[], Views]:
+    """Cuts all views of the first device's share of the batch; compiled when first called."""
+    batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, jax.local_devices()[0])
+    keys = jax.random.split(jax.random.key(0), len(batch["size"]))
+    make_views = jax.jit(work.recipe.make_views)
+    return lambda: make_views(keys, batch)
+
+
 def step_parts(work: Workload) -> StepParts:
     """Compiles each part when it is first called."""
     recipe, model = work.recipe, work.recipe.model
-    device = jax.local_devices()[0]
-    state = jax.device_put(work.state, device)
-    batch = jax.device_put({name: x[0] for name, x in work.batch.items()}, device)
-    image_keys = jax.random.split(jax.random.key(0), len(batch["size"]))
+    state = jax.device_put(work.state, jax.local_devices()[0])
     drop_key = jax.random.key(1)
     options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
 
@@ -214,12 +227,12 @@ def step_parts(work: Workload) -> StepParts:
         )
         return optax.apply_updates(state.params, updates), opt_state
 
-    make_views = jax.jit(recipe.make_views)
-    views = make_views(image_keys, batch)
+    make_views = augmentation(work)
+    views = make_views()
     outputs = student(state.params, views), teacher(state.teacher, views)
     grads = gradients(state.params, state.teacher, state.centers, views)[0]
     return StepParts(
-        augmentation=lambda: make_views(image_keys, batch),
+        augmentation=make_views,
         teacher=lambda: teacher(state.teacher, views),
         student=lambda: student(state.params, views),
         losses=lambda: losses(*outputs),

@@ -57,6 +57,10 @@ def argument_parser() -> ConfigParser:
         "--peer", choices=["torch", "torch-compiled"],
         help="also time the step in PyTorch with Hugging Face's SwinModel (extra torch)",
     )  # fmt: skip
+    parser.add_argument(
+        "--alone", action="store_true",
+        help="with --peer: its step by itself, not in turns with ours; leaves it all the memory",
+    )  # fmt: skip
     parser.add_argument("--photos", type=path, help="folder of photos, for --parts=input")
     parser.add_argument(
         "--loss_batches", default="8,32", help="images, for --parts=losses: one row each"
@@ -88,10 +92,11 @@ def measure(
             at_work("its parts")
             result["split"] = bench_split(work, arguments.rounds)
         if arguments.peer:
-            from esvit_jax.bench.peer import bench_peer
+            from esvit_jax.bench.peer import bench_peer, bench_peer_alone
 
             at_work("the peer")
-            result["peer"] = bench_peer(
+            bench_it = bench_peer_alone if arguments.alone else bench_peer
+            result["peer_alone" if arguments.alone else "peer"] = bench_it(
                 work, arguments.rounds, compiled=arguments.peer == "torch-compiled"
             )
     if "losses" in parts:
@@ -128,6 +133,8 @@ def check_arguments(arguments: argparse.Namespace, parts: list[str]) -> None:
         raise UserError("it must be at least 1", argument="--rounds", value=arguments.rounds)
     if "input" in parts and not arguments.photos:
         raise UserError("--parts=input needs --photos=FOLDER, a folder of photos")
+    if arguments.alone and not arguments.peer:
+        raise UserError("--alone needs --peer=torch or --peer=torch-compiled")
     batches = arguments.loss_batches.split(",")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         message = "whole numbers from 1, with commas between"
@@ -168,6 +175,12 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
         for task, x in peer.items():
             table.add_row(task, f"{x.ours:.2f}", f"{x.peer:.2f}", f"{x.ratio:.2f}")
         yield table
+    if alone := result.get("peer_alone"):
+        yield two_columns("PyTorch's step, alone", {
+            "a step, median (range)": seconds(alone.step),
+            "images/s": f"{alone.images_per_second:.2f}",
+            "most memory in use": mebibytes(alone.peak_bytes),
+        })  # fmt: skip
     if "losses" in result:
         yield losses_table(result["losses"])
     if "input" in result:
@@ -176,19 +189,28 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
 
 def step_table(step: StepSpeed) -> Table:
     """The whole step."""
-    median, low, high = step.step
     return two_columns("the step", {
         "compilation": f"{step.compile_seconds:.1f} s",
-        "a step, median (range)": f"{median:.3f} s ({low:.3f} to {high:.3f})",
+        "a step, median (range)": seconds(step.step),
         "images/s": f"{step.images_per_second:.2f}",
         "TFLOP/s of its matrix products": f"{step.tflops:.3f}",
         "TFLOP/s of one large product": f"{step.product_tflops:.3f}",
         "share of that": f"{step.product_share:.0%}",
+        "share of the peak": "unknown of this device" if step.mfu is None else f"{step.mfu:.1%}",
         "temporaries": f"{step.temp_bytes / 2**20:,.0f} MiB a device",
         "state and batch": f"{step.argument_bytes / 2**20:,.0f} MiB a device",
-        "most memory in use": "not reported by this device" if step.peak_bytes is None
-        else f"{step.peak_bytes / 2**20:,.0f} MiB",
+        "most memory in use": mebibytes(step.peak_bytes),
     })  # fmt: skip
+
+
+def seconds(timing: Timing) -> str:
+    """Median and range."""
+    return f"{timing.median:.3f} s ({timing.low:.3f} to {timing.high:.3f})"
+
+
+def mebibytes(count: int | None) -> str:
+    """Bytes of a device; None where it does not say."""
+    return "not reported by this device" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
 def losses_table(rows: list[LossCosts]) -> Table:
