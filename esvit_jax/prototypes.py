@@ -74,7 +74,7 @@ def _row_sums(x, dtype):
     """
     if jnp.dtype(dtype) == jnp.float32:
         return x.sum(axis=-1)
-    return _matmul("rk,kl->rl", x, jnp.ones((x.shape[-1], 128)), dtype)[:, 0]
+    return _matmul("rk,kl->rl", x, jnp.ones((x.shape[-1], 8)), dtype)[:, 0]
 
 
 def _matmul(subscripts, a, b, dtype):
