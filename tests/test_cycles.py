@@ -7,6 +7,8 @@ import pytest
 from test_search import made_up_plan
 
 from esvit_jax.errors import UserError
+from esvit_jax.models.kernels.layout import Layout
+from esvit_jax.models.kernels.metadata import Call
 from esvit_jax.planning import measure
 from esvit_jax.planning.breakdown import Part, breakdown, costliest, part_of
 from esvit_jax.planning.chips import CHIPS
@@ -80,6 +82,17 @@ def test_a_kernel_takes_what_its_schedule_says_if_its_bytes_take_less():
 
     assert kernel(cycles=5000) == 5000
     assert kernel(cycles=5) == 241
+
+
+def test_metadata_of_kernels_is_read_in_several_lines():
+    """As jax writes it; a line alone would be no instruction."""
+    call = Call(Layout(6, 6, None, 0, 12, 32, padding_key=True), maps=256, maps_per_program=32)
+    metadata = json.dumps(call.metadata(), indent=0, separators=(",", ":"))
+    told = f'"tpu_custom_call", frontend_attributes={{kernel_metadata={metadata}}}'
+    entry = Module(PROGRAM.replace('"tpu_custom_call"', told)).computations["main"]
+    kernel = entry.instructions["attend.3"]
+    assert Call.of(kernel.attributes) == call and kernel.op_name.endswith("attn/pallas_call")
+    assert Call.of(Module(PROGRAM).computations["main"].instructions["attend.3"].attributes) is None
 
 
 def test_every_cycle_and_byte_is_in_one_row():

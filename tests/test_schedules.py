@@ -1,0 +1,68 @@
+"""Schedules of kernels: what is read of libtpu's files, and what a kernel tells of itself."""
+
+from pathlib import Path
+
+import pytest
+
+from esvit_jax.config import parse_config
+from esvit_jax.models.kernels.layout import Layout
+from esvit_jax.models.kernels.metadata import Call
+from esvit_jax.planning.bundles import Loop, compile_kernel, read_schedule
+from esvit_jax.planning.schedules import all_blocks
+from esvit_jax.planning.topology import parse_topology
+
+EXCERPT = Path(__file__).parent / "data" / "forward_kernel-final_bundles.txt"
+
+
+def test_loops_of_a_schedule():
+    """Counted by hand: lines of three loops, the second of as many turns as there are rows."""
+    schedule = read_schedule(EXCERPT.read_text())
+    assert schedule.loops == (Loop(9, 0, 18), Loop(13, 2, None), Loop(9, 0, 6))
+    assert schedule.once == 61 - 31
+    assert schedule.windows.bundles == 13
+    # 3 programs of 2 maps of 2 rows of windows, the last one of 1.
+    call = Call(Layout(4, 4, 2, 1, 1, 8), maps=5, maps_per_program=2)
+    assert (call.programs, call.turns, call.head_windows) == (3, 5 * 2 + 3 * 2, 20)
+    assert schedule.cycles(call) == 3 * (30 + 9 * 18 + 9 * 6) + 16 * 13
+
+
+def test_blocks_of_swin_tiny():
+    config, _ = parse_config(["--config=esvit_swin:variant=tiny,window=7"])
+    kinds = all_blocks(config, images=32)
+    assert [(x.name, x.maps, x.forward, x.backward) for x in kinds] == [
+        ("1, global views", 64, 2, 1),
+        ("1, global views, shifted", 64, 2, 1),
+        ("2, global views", 64, 2, 1),
+        ("2, global views, shifted", 64, 2, 1),
+        ("3, global views", 64, 6, 3),
+        ("3, global views, shifted", 64, 6, 3),
+        ("4, global views", 64, 4, 2),
+        ("1, local views", 256, 1, 1),
+        ("1, local views, shifted", 256, 1, 1),
+        ("2, local views", 256, 1, 1),
+        ("2, local views, shifted", 256, 1, 1),
+        ("3, local views", 256, 6, 6),
+        ("4, local views", 256, 2, 2),
+    ]
+    layouts = [x.layout for x in kinds]
+    assert layouts[1] == Layout(56, 56, 7, 3, 3, 32)
+    assert layouts[6] == Layout(7, 7, None, 0, 24, 32)
+    assert layouts[8] == Layout(24, 24, 7, 3, 3, 32)
+    assert layouts[11] == Layout(6, 6, None, 0, 12, 32, padding_key=True)
+    config.views.num_local = 0
+    assert len(all_blocks(config, images=32)) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_kernel_is_compiled(direction):
+    pytest.importorskip("libtpu")
+    layout, topology = Layout(4, 4, 2, 1, 1, 8), parse_topology("v5e:2x2")
+    kernel = compile_kernel(layout, 64, direction, topology)
+    assert kernel is not None
+    assert kernel.call == Call(layout, 64, 16)
+    assert len(kernel.schedule.loops) >= 1
+    assert 50 < kernel.schedule.windows.bundles < 2000
+    assert kernel.cycles > kernel.call.turns * kernel.schedule.windows.bundles
+    assert 2**16 < kernel.memory < 2**24
+    assert compile_kernel(Layout(4, 4, 2, 1, 1, 24), 64, direction, topology) is None
