@@ -12,9 +12,10 @@ from esvit_jax.models.kernels.metadata import Call
 from esvit_jax.planning import measure
 from esvit_jax.planning.breakdown import Part, breakdown, costliest, part_of
 from esvit_jax.planning.chips import CHIPS
-from esvit_jax.planning.cycles import costs
+from esvit_jax.planning.cycles import costs, scheduled_cycles
 from esvit_jax.planning.estimate import expected
 from esvit_jax.planning.hlo import Module
+from esvit_jax.planning.kernel_rule import RULES
 
 V5E = CHIPS["v5e"]
 PROGRAM = """HloModule step, is_scheduled=true
@@ -84,14 +85,17 @@ def test_a_kernel_takes_what_its_schedule_says_if_its_bytes_take_less():
     assert kernel(cycles=5) == 241
 
 
-def test_metadata_of_kernels_is_read_in_several_lines():
-    """As jax writes it; a line alone would be no instruction."""
+def test_a_kernel_counts_by_its_metadata():
+    """Which jax writes in several lines; one alone would be no instruction."""
     call = Call(Layout(6, 6, None, 0, 12, 32, padding_key=True), maps=256, maps_per_program=32)
     metadata = json.dumps(call.metadata(), indent=0, separators=(",", ":"))
     told = f'"tpu_custom_call", frontend_attributes={{kernel_metadata={metadata}}}'
     entry = Module(PROGRAM.replace('"tpu_custom_call"', told)).computations["main"]
     kernel = entry.instructions["attend.3"]
     assert Call.of(kernel.attributes) == call and kernel.op_name.endswith("attn/pallas_call")
+    assert scheduled_cycles(kernel) == 0  # its name is not one of ours
+    ours = dataclasses.replace(kernel, name="backward_kernel.3")
+    assert scheduled_cycles(ours) == RULES["backward_kernel"].cycles(call) > 10**5
     assert Call.of(Module(PROGRAM).computations["main"].instructions["attend.3"].attributes) is None
 
 

@@ -49,14 +49,22 @@ class Schedule(NamedTuple):
 
     @property
     def windows(self) -> Loop:
-        """The loop over rows of windows: the program computes how many there are."""
-        (loop,) = (loop for loop in self.loops if loop.turns is None)
-        return loop
+        """The loop over rows of windows: the program computes how many there are.
+
+        It may compute that also of short ones, which copy the end of the last program if that has
+        fewer maps; those are left out.
+        """
+        computed = (loop for loop in self.loops if loop.turns is None)
+        return max(computed, key=lambda loop: loop.bundles)
+
+    @property
+    def copies(self) -> int:
+        """Bundles of a program without that loop: mostly copies of maps, to float32 and back."""
+        return self.once + sum(x.bundles * x.turns for x in self.loops if x.turns is not None)
 
     def cycles(self, call: Call) -> int:
-        """Of all its programs, one after the other."""
-        copies = sum(loop.bundles * loop.turns for loop in self.loops if loop.turns is not None)
-        return call.programs * (self.once + copies) + call.turns * self.windows.bundles
+        """Of all programs, one after the other."""
+        return call.programs * self.copies + call.turns * self.windows.bundles
 
 
 def read_schedule(text: str) -> Schedule:
