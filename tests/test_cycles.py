@@ -76,13 +76,15 @@ def test_cycles_count_as_often_as_they_are_spent():
 
 
 def test_a_kernel_takes_what_its_schedule_says_if_its_bytes_take_less():
-    def kernel(cycles):
+    def kernel(cycles, chip=V5E):
         table = {"attend": lambda call: cycles * len(call.operands)}
-        spent = {x.instruction.name: x.cycles for x in program_costs(kernel_cycles=table)}
+        found = costs(Module(PROGRAM), chip, 4, kernel_cycles=table)
+        spent = {x.instruction.name: x.cycles for x in found}
         return spent["attend.3"]
 
     assert kernel(cycles=5000) == 5000
     assert kernel(cycles=5) == 241
+    assert kernel(cycles=5000, chip=CHIPS["v4"]) == 8000  # of more bundles
 
 
 def test_a_kernel_counts_by_its_metadata():

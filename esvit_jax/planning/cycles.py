@@ -21,7 +21,7 @@ KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
 # How often a byte of the result of a collective crosses a chip's links, on many chips.
 CROSSINGS = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1, "collective-permute": 1}
 
-# {name of a kernel: cycles of one call of it}.
+# {name of a kernel: cycles of one call of it on a v5e}.
 KernelCycles = Mapping[str, Callable[[Instruction], int]]
 
 
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 
 def scheduled_cycles(instruction: Instruction) -> int:
-    """Of one call of a kernel of ours, by what it tells of itself; 0 if it tells nothing."""
+    """Of one call of a kernel of ours on a v5e, by what it tells; 0 if it tells nothing."""
     call, rule = Call.of(instruction.attributes), RULES.get(kernel_name(instruction))
     return rule.cycles(call) if call and rule else 0
 
@@ -67,9 +67,9 @@ def costs(
         if estimate:
             cycles = int(estimate[1])
         elif KERNEL_TARGET in instruction.attributes:
-            by_schedule = kernel_cycles.get(kernel_name(instruction), lambda _: 0)(instruction)
+            on_v5e = kernel_cycles.get(kernel_name(instruction), lambda _: 0)(instruction)
             by_bytes = round(moved * chip.devices * chip.clock / chip.bandwidth)
-            cycles = max(by_schedule, by_bytes)
+            cycles = max(round(chip.kernel_bundles * on_v5e), by_bytes)
         elif opcode in CROSSINGS:
             crossing = CROSSINGS[opcode] * (chips - 1) / chips * _result_bytes(instruction)
             cycles = round(crossing * chip.clock / chip.link_bandwidth)

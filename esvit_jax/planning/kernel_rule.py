@@ -1,9 +1,9 @@
 """Cycles of the kernels of window attention, by a rule in place of their schedules.
 
-A kernel's instruction tells its layout and its maps, from which the number of registers follows
-that it holds; the rule says how many bundles of instructions each takes. It is fitted to the
-schedules of Swin-T's kernels of windows 7 and 14 on a v5e, and counted for other chips as well;
-docs/notes/kernels.md says how far off it is.
+A kernel's instruction tells its layout and its maps, from which the registers follow that it
+holds; the rule says how many bundles of instructions each takes. It is fitted to the schedules of
+Swin-T's kernels of windows 7 and 14 on a v5e (`schedules`, which prints it anew);
+docs/notes/kernels.md says how far off it is, there and elsewhere.
 """
 
 from typing import NamedTuple

@@ -22,6 +22,7 @@ from esvit_jax.models import Swin, create_backbone
 from esvit_jax.models.attention import WindowAttention
 from esvit_jax.models.kernels.layout import Layout
 from esvit_jax.planning.bundles import Kernel, compile_kernel
+from esvit_jax.planning.chips import Chip
 from esvit_jax.planning.kernel_rule import RULES, Rule, program_registers, window_registers
 from esvit_jax.planning.topology import Topology, parse_topology
 
@@ -99,13 +100,15 @@ def fitted(kernels: Collection[Kernel]) -> Rule:
     return Rule(*bundles)
 
 
-def cells(kernel: Kernel | None, direction: str) -> list[str]:
-    """Of a row: see `table_of`."""
-    if kernel is None:
-        return ["no room", *[""] * 4]
+def cycles_by_rule(kernel: Kernel, direction: str, chip: Chip) -> float:
+    """What `esvit plan` counts of a kernel, if its bytes take less."""
+    return chip.kernel_bundles * RULES[f"{direction}_kernel"].cycles(kernel.call)
+
+
+def cells(kernel: Kernel, by_rule: float) -> list[str]:
+    """Bundles and spills of a head of a window; cycles; MiB."""
     loop, layout = kernel.schedule.windows, kernel.call.layout
     head_windows = layout.windows[1] * layout.heads
-    by_rule = RULES[f"{direction}_kernel"].cycles(kernel.call)
     return [
         f"{loop.bundles / head_windows:.0f} / {kernel.cycles / kernel.call.head_windows:.0f}",
         f"{loop.spills / head_windows:.0f}",
@@ -117,7 +120,8 @@ def cells(kernel: Kernel | None, direction: str) -> list[str]:
 
 def report(window: int, blocks: list[Blocks], topology: Topology) -> dict[str, list[Kernel]]:
     """Compiles the kernels of all blocks and prints a row for each; returns them by direction."""
-    console, total, by_rule = Console(), 0, 0
+    assert topology.chip
+    console, total, total_by_rule = Console(), 0, 0.0
     found: dict[str, list[Kernel]] = {"forward": [], "backward": []}
     table = Table(
         "stage", "kernel", title=f"window {window}, a core of {topology.name}",
@@ -133,16 +137,18 @@ def report(window: int, blocks: list[Blocks], topology: Topology) -> dict[str, l
             if not console.is_interactive:
                 console.print(message, markup=False, highlight=False)
             kernel = compile_kernel(row.layout, row.maps, direction, topology)
-            table.add_row(row.name, direction, *cells(kernel, direction))
-            if kernel:
-                calls = row.forward if direction == "forward" else row.backward
-                total += calls * kernel.cycles
-                by_rule += calls * RULES[f"{direction}_kernel"].cycles(kernel.call)
-                found[direction].append(kernel)
+            if not kernel:
+                table.add_row(row.name, direction, "no room")
+                continue
+            by_rule = cycles_by_rule(kernel, direction, topology.chip)
+            table.add_row(row.name, direction, *cells(kernel, by_rule))
+            calls = row.forward if direction == "forward" else row.backward
+            total += calls * kernel.cycles
+            total_by_rule += calls * by_rule
+            found[direction].append(kernel)
     console.print(table)
-    console.print(
-        f"a step, student and teacher: {total / 1e6:.1f} Mcycles, {by_rule / 1e6:.1f} by rule"
-    )
+    totals = f"{total / 1e6:.1f} Mcycles, {total_by_rule / 1e6:.1f} by rule"
+    console.print(f"a step, student and teacher: {totals}")
     return found
 
 
@@ -174,6 +180,8 @@ def main(argv: list[str]) -> None:
         for direction, found in report(swin.window_size, blocks, topology).items():
             kernels.setdefault(direction, {}).update({x.call.layout: x for x in found})
     for direction, found in kernels.items():
+        if not found:
+            continue
         rule = ", ".join(f"{k} {v:.1f}" for k, v in fitted(found.values())._asdict().items())
         print(f"the rule that fits these, {direction}: {rule}")
 
