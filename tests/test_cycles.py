@@ -7,12 +7,15 @@ import pytest
 from test_search import made_up_plan
 
 from esvit_jax.errors import UserError
+from esvit_jax.models.kernels.layout import Layout
+from esvit_jax.models.kernels.metadata import Call
 from esvit_jax.planning import measure
 from esvit_jax.planning.breakdown import Part, breakdown, costliest, part_of
 from esvit_jax.planning.chips import CHIPS
-from esvit_jax.planning.cycles import costs
+from esvit_jax.planning.cycles import costs, scheduled_cycles
 from esvit_jax.planning.estimate import expected
 from esvit_jax.planning.hlo import Module
+from esvit_jax.planning.kernel_rule import RULES
 
 V5E = CHIPS["v5e"]
 PROGRAM = """HloModule step, is_scheduled=true
@@ -73,13 +76,29 @@ def test_cycles_count_as_often_as_they_are_spent():
 
 
 def test_a_kernel_takes_what_its_schedule_says_if_its_bytes_take_less():
-    def kernel(cycles):
+    def kernel(cycles, chip=V5E):
         table = {"attend": lambda call: cycles * len(call.operands)}
-        spent = {x.instruction.name: x.cycles for x in program_costs(kernel_cycles=table)}
+        found = costs(Module(PROGRAM), chip, 4, kernel_cycles=table)
+        spent = {x.instruction.name: x.cycles for x in found}
         return spent["attend.3"]
 
     assert kernel(cycles=5000) == 5000
     assert kernel(cycles=5) == 241
+    assert kernel(cycles=5000, chip=CHIPS["v4"]) == 8000  # of more bundles
+
+
+def test_a_kernel_counts_by_its_metadata():
+    """Which jax writes in several lines; one alone would be no instruction."""
+    call = Call(Layout(6, 6, None, 0, 12, 32, padding_key=True), maps=256, maps_per_program=32)
+    metadata = json.dumps(call.metadata(), indent=0, separators=(",", ":"))
+    told = f'"tpu_custom_call", frontend_attributes={{kernel_metadata={metadata}}}'
+    entry = Module(PROGRAM.replace('"tpu_custom_call"', told)).computations["main"]
+    kernel = entry.instructions["attend.3"]
+    assert Call.of(kernel.attributes) == call and kernel.op_name.endswith("attn/pallas_call")
+    assert scheduled_cycles(kernel) == 0  # its name is not one of ours
+    ours = dataclasses.replace(kernel, name="backward_kernel.3")
+    assert scheduled_cycles(ours) == RULES["backward_kernel"].cycles(call) > 10**5
+    assert Call.of(Module(PROGRAM).computations["main"].instructions["attend.3"].attributes) is None
 
 
 def test_every_cycle_and_byte_is_in_one_row():

@@ -229,7 +229,7 @@ class WindowAttention(nn.Module):
         if shift:
             bias += shift_mask(lines, columns, size, shift)[:, None]
         project = Linear(3 * dim, dtype=self.dtype, name="qkv")
-        layout = self._layout(shape, dim)
+        layout = self.layout(shape, dim)
         if not self.return_weights and kernels.chosen(self.attention, layout, shape[0], self.dtype):
             if m == 1:
                 relative = one_window_bias(bias[0], *window_positions(height, width, size, shift))
@@ -263,7 +263,7 @@ class WindowAttention(nn.Module):
         logits = attention_logits(query, key, bias, self.logits_dtype)
         return out, nn.softmax(logits.astype(jnp.float32), axis=-1)
 
-    def _layout(self, shape: tuple[Size, int, int], dim: int) -> Layout:
+    def layout(self, shape: tuple[Size, int, int], dim: int) -> Layout:
         """What the kernel has to know: a map that fits one window is one, of its own shape."""
         (_, height, width), size, heads = shape, self.window_size, self.num_heads
         if max(height, width) <= size:

@@ -20,6 +20,7 @@ class Chip:
       matrix_units: multiply-add grids, of all cores.
       matrix_unit_side: multiply-adds along a side of one.
       link_bandwidth: bytes a second that a chip sends to its neighbours, over all its links.
+      kernel_bundles: of our kernels, beside those that a v5e takes, about (docs/notes/kernels.md).
     """
 
     memory: int
@@ -32,6 +33,7 @@ class Chip:
     matrix_unit_side: int = 128
     cores_in_type: int = 1
     config_name: str = "default"
+    kernel_bundles: float = 1.0
 
     @property
     def devices(self) -> int:
@@ -54,7 +56,8 @@ CHIPS = {
     "v2": Chip(16 * GIB, 700e9, 46e12, "v2", "v2-{}", 2, 248e9, cores_in_type=2),
     "v3": Chip(32 * GIB, 900e9, 123e12, "v3", "v3-{}", 4, 328e9, cores_in_type=2),
     "v4": Chip(
-        32 * GIB, 1200e9, 275e12, "v4", "v4-{}", 8, 300e9, cores_in_type=2, config_name="megacore"
+        32 * GIB, 1200e9, 275e12, "v4", "v4-{}", 8, 300e9, cores_in_type=2, config_name="megacore",
+        kernel_bundles=1.6,
     ),
     "v5e": Chip(16 * GIB, 819e9, 197e12, "v5e", "v5litepod-{}", 4, 200e9),
     "v5p": Chip(

@@ -1,17 +1,19 @@
 """How long the compiler expects a step to take, by the cost model whose numbers it leaves behind.
 
 Each fusion of an optimised HLO module for a TPU carries `"estimated_cycles"`. Here they count as
-often as their loops turn. What has no such number is reckoned: kernels (Pallas) by a table or by
-the bytes they move, whichever takes longer, collectives by the bytes that cross the links. Copies
-that run beside the rest (prefetches) cost no cycles.
+often as their loops turn. What has no such number is reckoned: our kernels by what the compiler
+schedules for them (`kernel_rule`) or by the bytes they move, whichever takes longer, collectives
+by the bytes that cross the links. Copies that run beside the rest (prefetches) cost no cycles.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from esvit_jax.models.kernels.metadata import Call
 from esvit_jax.planning.chips import Chip
 from esvit_jax.planning.hlo import ON_CHIP, Instruction, Module, shape_bytes, tuple_parts
+from esvit_jax.planning.kernel_rule import RULES
 from esvit_jax.planning.traffic import Traffic
 
 ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -19,10 +21,8 @@ KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
 # How often a byte of the result of a collective crosses a chip's links, on many chips.
 CROSSINGS = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1, "collective-permute": 1}
 
-# {name of a kernel: cycles of one call of it}, from the schedules of our own kernels: bundles of
-# the body times programs. The instruction has the shapes of the call.
+# {name of a kernel: cycles of one call of it on a v5e}.
 KernelCycles = Mapping[str, Callable[[Instruction], int]]
-KERNEL_CYCLES: KernelCycles = {}
 
 
 class Cost(NamedTuple):
@@ -39,6 +39,15 @@ class Cost(NamedTuple):
     times: int
     cycles: int
     bytes: int
+
+
+def scheduled_cycles(instruction: Instruction) -> int:
+    """Of one call of a kernel of ours on a v5e, by what it tells; 0 if it tells nothing."""
+    call, rule = Call.of(instruction.attributes), RULES.get(kernel_name(instruction))
+    return rule.cycles(call) if call and rule else 0
+
+
+KERNEL_CYCLES: KernelCycles = dict.fromkeys(RULES, scheduled_cycles)
 
 
 def costs(
@@ -58,9 +67,9 @@ def costs(
         if estimate:
             cycles = int(estimate[1])
         elif KERNEL_TARGET in instruction.attributes:
-            by_schedule = kernel_cycles.get(kernel_name(instruction), lambda _: 0)(instruction)
+            on_v5e = kernel_cycles.get(kernel_name(instruction), lambda _: 0)(instruction)
             by_bytes = round(moved * chip.devices * chip.clock / chip.bandwidth)
-            cycles = max(by_schedule, by_bytes)
+            cycles = max(round(chip.kernel_bundles * on_v5e), by_bytes)
         elif opcode in CROSSINGS:
             crossing = CROSSINGS[opcode] * (chips - 1) / chips * _result_bytes(instruction)
             cycles = round(crossing * chip.clock / chip.link_bandwidth)

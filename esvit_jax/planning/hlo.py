@@ -14,6 +14,7 @@ TILE = re.compile(r"\(([\d,]+)\)")
 ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 NAME = re.compile(r"%([\w.\-]+)")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+KERNEL_METADATA = re.compile(r"kernel_metadata=\{[^{}]*\}")  # jax writes it in several lines
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 
 
@@ -96,6 +97,7 @@ class Module:
         self.entry = ""
         name, root = "", ""
         instructions: dict[str, Instruction] = {}
+        text = KERNEL_METADATA.sub(lambda found: found[0].replace("\n", ""), text)
         for line in text.splitlines():
             if start := COMPUTATION.match(line):
                 name, instructions = start[2], {}

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from esvit_jax.models.kernels.blocks import F32, Blocks
 from esvit_jax.models.kernels.layout import LANES, Layout
+from esvit_jax.models.kernels.metadata import Call
 
 
 def fewest_maps(layout: Layout) -> int:
@@ -50,6 +51,7 @@ def call(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=100 * 2**20
         ),
         interpret=interpret,
+        metadata=Call(blocks.layout, maps, blocks.maps).metadata(),
         name=kernel.__name__.strip("_"),
     )(*rows, *whole)
 
