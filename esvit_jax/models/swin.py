@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
