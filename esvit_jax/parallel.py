@@ -6,14 +6,15 @@ them on all. Batches are numpy arrays [local devices, b, ...]; states are replic
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Wrapped
-from jaxtyping import PyTree
+from jax.tree_util import PyTreeDef
+from jaxtyping import Array, PyTree
 from orbax.checkpoint.utils import fully_replicated_host_local_array_to_global_array
 
 from esvit_jax.steps import AXIS
@@ -43,7 +44,8 @@ def on_all_devices(
 
     Args:
       step: pure, for one device; its second argument are arrays [b, ...].
-      mode: "pmap", or "shard_map" (jit of shard_map over a one-axis mesh); both give the same.
+      mode: "pmap"; "shard_map" (jit of shard_map over a one-axis mesh), which gives the same; or
+        "fsdp" (jit of arrays that are spread over the devices), the same but for rounding.
       donate: reuse the first argument's memory for the results.
       devices: other than all there are.
 
@@ -61,6 +63,8 @@ def on_all_devices(
             devices=devices,
         )
     mesh = _mesh(devices)
+    if mode == "fsdp":
+        return _OnShards(step, mesh, donated)
 
     def on_device(replicated, batch):
         return step(replicated, jax.tree.map(lambda x: x[0], batch))
@@ -98,6 +102,66 @@ class _FromAllProcesses:
         )
 
 
+class _OnShards:
+    """Params, moments and teacher lie spread over the devices; XLA gathers what it needs, when.
+
+    The step sees one device that has the whole batch, so that its own collectives do nothing.
+    """
+
+    def __init__(self, step: Callable[..., Result], mesh: Mesh, donated: tuple[int, ...]):
+        self._mesh = mesh
+        self._batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+        def on_whole(state, batch):
+            batch = jax.tree.map(lambda x: rearrange(x, "d b ... -> 1 (d b) ..."), batch)
+            results = jax.vmap(step, in_axes=(None, 0), axis_name=AXIS)(state, batch)
+            results = jax.tree.map(lambda x: x[0], results)
+            return self._constrained(results, jax.tree.structure(state))
+
+        self._jitted = jax.jit(on_whole, donate_argnums=donated)
+
+    def _constrained(self, results: PyTree, state: PyTreeDef) -> PyTree:
+        """What is built like the state is spread like it, all else is everywhere."""
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+
+        def place(result: PyTree) -> PyTree:
+            is_state = jax.tree.structure(result) == state
+            place_one = lambda x: shard_sharding(x.shape, self._mesh) if is_state else everywhere  # noqa: E731
+            return jax.lax.with_sharding_constraint(result, jax.tree.map(place_one, result))
+
+        return tuple(map(place, results)) if isinstance(results, tuple) else place(results)
+
+    def __call__(self, state: PyTree, batch: PyTree, /) -> Any:
+        return self._jitted(state, self._together(batch))
+
+    def lower(self, state: PyTree, batch: PyTree, /) -> Lowered:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=shard_sharding(x.shape, self._mesh)
+            ),
+            state,
+        )
+        return self._jitted.lower(shapes, self._together(batch))
+
+    def _together(self, batch: PyTree) -> PyTree:
+        def together(x):
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding)
+            return jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(x))
+
+        return jax.tree.map(together, batch)
+
+
+def shard_sharding(shape: tuple[int, ...], mesh: Mesh | None = None) -> NamedSharding:
+    """How "fsdp" spreads an array: along its longest axis that the devices divide, if any."""
+    mesh = mesh or _mesh()
+    axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+    spec = [None] * len(shape)
+    if axes:
+        spec[max(axes, key=lambda axis: shape[axis])] = AXIS
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def _mesh(devices: Sequence[object] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), (AXIS,))
 
@@ -119,6 +183,8 @@ def replicated_sharding() -> NamedSharding:
 
 def replicate(state: PyTree, mode: str) -> PyTree:
     """The state as a step returns it, so that its first call is compiled like all others."""
+    if mode == "fsdp":
+        return jax.tree.map(_spread, state)
     if jax.process_count() == 1:
         return jax.device_put(state, replicated_sharding())
     state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state)
@@ -126,6 +192,13 @@ def replicate(state: PyTree, mode: str) -> PyTree:
         return jax.device_put(state, NamedSharding(_mesh(jax.local_devices()), PartitionSpec()))
     sharding = replicated_sharding()
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), state)
+
+
+def _spread(x: Array) -> Array:
+    if jax.process_count() == 1:
+        return jax.device_put(x, shard_sharding(x.shape))
+    whole = np.asarray(x.addressable_data(0))
+    return jax.make_array_from_callback(x.shape, shard_sharding(x.shape), lambda i: whole[i])
 
 
 def to_global(state: PyTree) -> PyTree:

@@ -281,7 +281,8 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    ("devices", "mode", "accum_steps"), [(4, "pmap", 1), (4, "shard_map", 1), (2, "pmap", 2)]
+    ("devices", "mode", "accum_steps"),
+    [(4, "pmap", 1), (4, "shard_map", 1), (2, "pmap", 2), (4, "fsdp", 1)],
 )
 def test_layouts_give_the_same_run(one_device, tiny_config, devices, mode, accum_steps):
     """Views included: they depend on an image's place in the global batch alone."""

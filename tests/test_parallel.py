@@ -1,4 +1,4 @@
-"""A function of one device on several: both modes, donation, states and batches."""
+"""A function of one device on several: all modes, donation, states and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,31 @@ def test_devices_tell_themselves_apart(mode: str):
     np.testing.assert_array_equal(found, [0, 11, 22, 33])
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "fsdp"])
 def test_a_donated_state_is_gone(mode: str):
-    state = parallel.replicate({"a": jnp.ones(3)}, mode)
+    state = parallel.replicate({"a": jnp.ones(4)}, mode)
     run = parallel.on_all_devices(
         lambda state, batch: jax.tree.map(lambda x: x + batch["x"].mean(), state), mode, donate=True
     )
     new = run(state, {"x": np.ones((4, 2), np.float32)})
-    np.testing.assert_array_equal(new["a"], 2 * np.ones(3))
+    np.testing.assert_array_equal(new["a"], 2 * np.ones(4))
     assert state["a"].is_deleted()
+
+
+def test_a_state_is_spread():
+    """A device holds a share of the longest axis that can be shared, and again after a step."""
+    state = {"a": jnp.arange(24.0).reshape(3, 8), "b": jnp.ones(6), "c": jnp.ones(())}
+    spread = parallel.replicate(state, "fsdp")
+    run = parallel.on_all_devices(
+        lambda state, batch: (jax.tree.map(lambda x: x + batch["x"].mean(), state), batch["x"][0]),
+        "fsdp",
+    )
+    new, first = run(spread, {"x": np.ones((4, 2), np.float32)})
+    for x in (spread, new):
+        shapes = {name: array.addressable_shards[0].data.shape for name, array in x.items()}
+        assert shapes == {"a": (3, 2), "b": (6,), "c": ()}
+    np.testing.assert_array_equal(new["a"], state["a"] + 1)
+    assert first.sharding.is_fully_replicated
 
 
 def test_shares_of_a_batch_are_contiguous_and_only_arrays():

@@ -59,7 +59,8 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "of initialisation, data order, augmentation, drop path", whole(0, 2**63 - 1)),
     "dtype": Field("bfloat16", "of matrix products", DTYPE),
     "parallel": Field(
-        "pmap", "how the step reaches the devices", one_of("pmap", "shard_map"), free=True),
+        "pmap", "how the step reaches the devices; fsdp spreads the state over them",
+        one_of("pmap", "shard_map", "fsdp"), free=True),
     "batch_size": Field(512, "images a step, over all devices and processes", whole(1, 1_000_000)),
     "accum_steps": Field(
         1, "parts a device's batch is run through in, one update after all",

@@ -79,7 +79,9 @@ class FeatureExtractor:
             config.evaluate.batch_size, [len(source) for source in sources], jax.device_count()
         )
         step = functools.partial(steps.feature_step, extract=extract)
-        self._step = parallel.on_all_devices(step, config.parallel)
+        # What is spread over the devices is gathered for as long as it takes.
+        mode = "shard_map" if config.parallel == "fsdp" else config.parallel
+        self._step = parallel.on_all_devices(step, mode)
         self._progress = "features"
 
     def batches(

@@ -61,5 +61,8 @@ def create_backbone(name: str, **fields: Any) -> Backbone:
 def create_model(config: ConfigDict) -> EsViT:
     """The student's (and teacher's) network of a checked config."""
     dtype = jnp.dtype(config.dtype)
-    backbone = create_backbone(**config.backbone, dtype=dtype, remat=config.remat)
+    fields = dict(config.backbone)
+    if config.parallel == "fsdp":
+        fields["attention"] = "xla"  # which can cut its code for several devices, and no kernel
+    backbone = create_backbone(**fields, dtype=dtype, remat=config.remat)
     return EsViT(backbone, **config.head, region=config.loss.region, dtype=dtype)
