@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from esvit_jax.bench import inputs
+from esvit_jax.bench import inputs, rest
 from esvit_jax.bench import step as bench_step
 from esvit_jax.bench.block import Block, block_cost
 from esvit_jax.bench.losses import bench_losses, plain_losses, random_outputs
@@ -213,3 +213,27 @@ def test_a_block_on_a_tpu(monkeypatch):
     assert small.bytes_accessed > 4 * rows * width  # in, out, their gradients
     assert 4 * small.cycles < large.cycles < 10 * small.cycles
     assert small.bytes_accessed < large.bytes_accessed
+
+
+def test_parts_of_the_rest_have_gradients_of_all_they_take():
+    """A part without a gradient would leave its backward pass out of the estimate."""
+    for part in rest.parts(prototype_chunk=4096):
+        results = jax.eval_shape(part.function, *part.arguments)
+        shapes = {x.shape for x in jax.tree.leaves(results)}
+        loss = part.name.startswith("prototypes")  # (student, teacher, own prototypes, …)
+        wanted = part.arguments[:3:2] if loss else part.arguments
+        assert {x.shape for x in jax.tree.leaves(wanted)} <= shapes, part.name
+
+
+@pytest.mark.slow
+def test_a_part_of_the_rest_on_a_tpu(monkeypatch):
+    """The sum over rows for the bias's gradient costs less than the product beside it."""
+    pytest.importorskip("libtpu")
+    topology = parse_topology("v5e:1x1")
+    for name, value in topology.environment().items():
+        monkeypatch.setenv(name, value)
+    part = rest.parts(prototype_chunk=4096)[0]
+    cost = rest.part_cost(part, topology.chip, topology.devices()[0])
+    rows = part.arguments[1].shape[0]
+    assert cost.bytes_accessed > 2 * rows * (96 + 288)  # x and the gradient are read
+    assert 0 < cost.cycles < 2e6
