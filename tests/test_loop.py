@@ -284,8 +284,11 @@ def one_device():
     ("devices", "mode", "accum_steps"),
     [(4, "pmap", 1), (4, "shard_map", 1), (2, "pmap", 2), (4, "fsdp", 1)],
 )
-def test_layouts_give_the_same_run(one_device, tiny_config, devices, mode, accum_steps):
-    """Views included: they depend on an image's place in the global batch alone."""
+def test_layouts_give_the_same_run(one_device, tiny_config, tmp_path, devices, mode, accum_steps):
+    """Views included: they depend on an image's place in the global batch alone.
+
+    A checkpoint of any is one of all others.
+    """
     tiny_config.accum_steps = accum_steps
     state, seen, features = run_steps(tiny_config, devices=devices, mode=mode)
     expected_state, expected, expected_features = one_device
@@ -296,6 +299,12 @@ def test_layouts_give_the_same_run(one_device, tiny_config, devices, mode, accum
             functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5),
             getattr(state, name), getattr(expected_state, name),
         )  # fmt: skip
+    with contextlib.closing(checkpoint.Checkpoints(str(tmp_path))) as checkpoints:
+        checkpoints.save(3, state, force=True)
+    with contextlib.closing(checkpoint.Checkpoints(str(tmp_path))) as checkpoints:
+        restored = checkpoints.restore(expected_state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert restored.params["backbone"]["norm"]["scale"].sharding.is_fully_replicated
 
 
 def test_no_local_views_and_no_regions(tiny_config):
