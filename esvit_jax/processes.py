@@ -59,9 +59,12 @@ def check_same(facts: Mapping[str, object]) -> None:
       facts: names, and what must be equal on all: anything that JSON holds.
 
     Raises:
-      UserError: names the first that differs from process 0's, and both values.
+      UserError: names the first that differs from process 0's, and both values; or the processes
+        are not connected, see `parallel.start`.
     """
     client = _client()
+    if client is None and jax.process_count() > 1:  # libtpu has found the other hosts
+        raise UserError("this is one of several processes; start all of them with --distributed")
     if client is None:
         return
     mine, key = json.loads(json.dumps(facts)), f"esvit/facts/{next(_meetings)}"

@@ -122,6 +122,21 @@ def test_one_process_connects_to_nothing(monkeypatch):
     parallel.start(num_processes=1)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_waits_in_vain_says_so(index):
+    code = (
+        "from esvit_jax import parallel; "
+        f"parallel.start('127.0.0.1:{free_port()}', {index}, 2, connect_seconds=3)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.returncode == RUN_ERROR
+    assert found.stderr.splitlines()[-1] == (
+        "esvit: other processes did not come in 3 s; all are started alike, with the same number"
+    )
+
+
 @pytest.mark.parametrize(("tasks", "all_gpus"), [("2", True), ("16", False)])
 def test_a_slurm_task_that_is_alone_on_its_host_takes_all_gpus(monkeypatch, tasks, all_gpus):
     """jax would give it one."""

@@ -130,8 +130,13 @@ def embed(
     Raises:
       UserError: `out` is there already, is of neither kind, cannot be written, or the parts of
         another embedding lie beside it; the devices cannot share `batch_size` images; there is no
-        such network or data, or no record of it is an image.
+        such network or data, or no record of it is an image; this is one of several processes.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"embed runs in one process, and this is one of {jax.process_count()}; one process "
+            "uses all devices of its host"
+        )
     if out is not None and Path(out).suffix not in WRITERS:
         raise UserError(f"it must end in {' or '.join(WRITERS)}", argument="out", value=str(out))
     if out is not None and os.path.exists(out):
