@@ -58,9 +58,13 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: ConfigDict, workdir: str | os.PathLike[str], *, console: Console | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    console: Console | None = None,
 ) -> TrainResult:
-    """Trains until `total_steps`, from the newest checkpoint in `workdir` if there is one.
+    """Trains until `total_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C end it after the step that is being taken, with a checkpoint; before the
     first step, at once. In a thread other than the main one, signals are left alone.
@@ -68,6 +72,8 @@ def train(
     Args:
       config: see `default_config`.
       workdir: where checkpoints, metrics and figures go; a local folder, made if it is not there.
+      strict: refuse to go on where the newest checkpoint is damaged, in place of going on from the
+        one before it.
       console: a rich console to report to; None is standard output.
 
     Returns:
@@ -80,7 +86,7 @@ def train(
         came before the first step.
     """
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
-    run = prepare(config, workdir, console)
+    run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
     start = done = checkpoints.latest_step() or 0
     batches = run.batches(start)
@@ -167,7 +173,9 @@ class Run(NamedTuple):
         )
 
 
-def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Console) -> Run:
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike[str], console: Console, strict: bool = False
+) -> Run:
     """Opens the data, refuses what cannot work, says what is about to happen.
 
     Nothing is compiled, and nothing written before all is known to fit together.
@@ -202,6 +210,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         every_steps=config.checkpoint_every_steps,
         keep=config.checkpoint_keep,
         keep_every_steps=config.checkpoint_keep_every_steps,
+        strict=strict,
     )
     step = checkpoints.latest_step()
     say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")

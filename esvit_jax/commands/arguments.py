@@ -99,11 +99,20 @@ def positive(text: str) -> int:
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """--workdir and --step: a trained network on disk."""
+    """--workdir, --step and --strict: a trained network on disk."""
     parser.add_argument(
         "--workdir", required=True, type=path, help="of a run, or a converted checkpoint"
     )
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    add_strict(parser)
+
+
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """--strict: damaged checkpoints are not passed over."""
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="refuse a damaged newest checkpoint (default: name it, and take the one before it)",
+    )  # fmt: skip
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

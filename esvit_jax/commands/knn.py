@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
-    loaded = load_model(arguments.workdir, arguments.step)
+    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
     if out and not arguments.out:
         check_writable(out, "--out")
     sources = open_sources(arguments, loaded)

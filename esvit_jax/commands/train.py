@@ -3,7 +3,7 @@
 import os
 import sys
 
-from esvit_jax.commands.arguments import ConfigParser, path, quiet_libraries
+from esvit_jax.commands.arguments import ConfigParser, add_strict, path, quiet_libraries
 from esvit_jax.errors import RUN_ERROR, renamed
 
 
@@ -14,6 +14,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--distributed", action="store_true", help="connect the processes of several hosts first"
     )
+    add_strict(parser)
     config, arguments = parser.parse(argv)
 
     import jax
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
         parallel.start_distributed()
     try:
         with renamed(workdir="--workdir"):
-            result = train(config, arguments.workdir)
+            result = train(config, arguments.workdir, strict=arguments.strict)
     except Interrupted as error:  # perhaps while compiling, which an ordinary exit waits for
         print(f"esvit train: {error}", file=sys.stderr)
         sys.stdout.flush()
