@@ -5,6 +5,7 @@ A checkpoint has two items: "model" (student, teacher, centers), all that evalua
 the first item alone. Of a damaged checkpoint, which checksums tell, the one before it is used.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from jaxtyping import PyTree
 from esvit_jax import checksums, parallel, whole
 from esvit_jax import config as config_lib
 from esvit_jax.config import ConfigDict
-from esvit_jax.errors import UserError
+from esvit_jax.errors import DiskFull, RunError, UserError
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.optim import TeacherState
 from esvit_jax.state import TrainState, init_params, zero_centers
@@ -75,19 +76,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Starts to save `state` if its step is due (or `force`)."""
+        """Starts to save `state` if its step is due (or `force`).
+
+        Raises:
+          RunError: this or the last checkpoint could not be written; `DiskFull` for want of room.
+        """
         if step == self.latest_step() or not (force or self._manager.should_save(step)):
             return
-        self._manager.wait_until_finished()
+        with self._unsaved():
+            self._manager.wait_until_finished()
         self._being_saved = step
         model, training = split_state(parallel.to_global(state))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
-            ),
-            force=True,
-        )
+        with self._unsaved():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
+                ),
+                force=True,
+            )
 
     def _before_commit(self) -> None:
         """Adds checksums to what is being saved; Orbax calls this when all else is written."""
@@ -113,9 +120,29 @@ class Checkpoints:
         return join_state(restored["model"], restored["training"])
 
     def close(self) -> None:
-        """Waits until what was started is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was started is on disk.
+
+        Raises:
+          RunError: see `save`.
+        """
+        with self._unsaved():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextmanager
+    def _unsaved(self) -> Iterator[None]:
+        """Says in one line which checkpoint could not be written, and which is there."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # of Orbax, and of TensorStore
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+            older = whole.committed_steps(self._directory)
+            newest = f"the newest is that of step {older[-1]}" if older else "there is none yet"
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
+            raise (DiskFull if full else RunError)(
+                f"checkpoint {self._being_saved} cannot be written to {self._directory}: {reason}; "
+                f"{newest}. {'Make room' if full else 'Mend that'}, and start it again"
+            ) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from esvit_jax import checkpoint, parallel, preflight
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
-from esvit_jax.errors import RunError, renamed
+from esvit_jax.errors import RunError, full_disk_in_words, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
@@ -82,8 +82,8 @@ def train(
     Raises:
       UserError: something in the config, the data or the workdir that cannot work; before
         anything is compiled where that can be known.
-      RunError: `config.max_bad_steps` steps in a row were not finite; as `Interrupted`: a signal
-        came before the first step.
+      RunError: `config.max_bad_steps` steps in a row were not finite, or a checkpoint cannot be
+        written; as `Interrupted`: a signal came before the first step; as `DiskFull`: no room.
     """
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
     run = prepare(config, workdir, console, strict)
@@ -92,8 +92,8 @@ def train(
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
     with (
-        closing(checkpoints), closing(batches), run.log(console) as log, StopSignals() as signals,
-        renamed(**LOADER_FIELDS),
+        full_disk_in_words(), renamed(**LOADER_FIELDS), closing(checkpoints), closing(batches),
+        run.log(console) as log, StopSignals() as signals,
     ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
         with signals.raising(f"nothing was trained after step {start}; start it again"):

@@ -165,7 +165,13 @@ def check_writable(file: str, flag: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leaves of what libraries log the warnings."""
+    """Leaves of what libraries log the warnings.
+
+    Of a save that fails, Orbax logs several tracebacks beside raising the error: those are not.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )

@@ -4,7 +4,7 @@ import os
 import sys
 
 from esvit_jax.commands.arguments import ConfigParser, add_strict, path, quiet_libraries
-from esvit_jax.errors import RUN_ERROR, renamed
+from esvit_jax.errors import RUN_ERROR, DiskFull, renamed
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     try:
         with renamed(workdir="--workdir"):
             result = train(config, arguments.workdir, strict=arguments.strict)
-    except Interrupted as error:  # perhaps while compiling, which an ordinary exit waits for
+    # Perhaps while compiling, which an ordinary exit waits for; or with files that it cannot flush.
+    except (Interrupted, DiskFull) as error:
         print(f"esvit train: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
