@@ -8,13 +8,13 @@ import collections
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
@@ -74,10 +74,10 @@ def replay(workdir: str | os.PathLike[str]) -> Replay:
     Raises:
       UserError: there is no bad step, or it cannot be read.
     """
-    config, num_images, batch, then = _read(Path(workdir))
+    config, num_images, batch, then = _read(epath.Path(workdir))
     config.accum_steps = 1
     recipe = build(config, resolve(config, num_images=num_images, num_devices=1))
-    checkpoints = checkpoint.Checkpoints(str(Path(workdir) / "bad_step"))
+    checkpoints = checkpoint.Checkpoints(str(epath.Path(workdir) / "bad_step"))
     state = checkpoints.restore(jax.eval_shape(lambda: _new_state(recipe)))
     checkpoints.close()
     state = dataclasses.replace(state, step=jnp.asarray(then["step"], jnp.int32))
@@ -99,7 +99,7 @@ def _new_state(recipe: Recipe) -> TrainState:
     return create_state(recipe.model, recipe.optimizer, params)
 
 
-def _read(workdir: Path) -> tuple[ConfigDict, int, dict[str, np.ndarray], dict[str, Any]]:
+def _read(workdir: epath.Path) -> tuple[ConfigDict, int, dict[str, np.ndarray], dict[str, Any]]:
     """The config and number of images of the run, and the batch and scalars of its bad step."""
     folder = workdir / "bad_step"
     found = checkpoint.read_config(workdir)
@@ -112,7 +112,7 @@ def _read(workdir: Path) -> tuple[ConfigDict, int, dict[str, np.ndarray], dict[s
     config, origin = found
     try:
         # Opened here, as numpy leaves a file open that it cannot read.
-        with open(folder / "batch.npz", "rb") as file:
+        with (folder / "batch.npz").open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             batch = {name: arrays[name] for name in ("canvas", "size")}
         then = json.loads((folder / "scalars.json").read_text())
