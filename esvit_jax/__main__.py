@@ -20,6 +20,7 @@ COMMANDS = {
     "config": ("esvit_jax.commands.config", "print a config, and the numbers of its run"),
     "bench": ("esvit_jax.commands.bench", "time the training step on this machine"),
     "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
+    "replay-bad-step": ("esvit_jax.commands.replay_bad_step", "show where a run began to diverge"),
     "completion": ("esvit_jax.commands.completion", "print what completes commands in a shell"),
 }
 NOBODY_READS = 141  # as a shell counts: 128 and the number of SIGPIPE

@@ -2,9 +2,10 @@
 
 A checkpoint has two items: "model" (student, teacher, centers), all that evaluation needs, and
 "training" (step, counters, the optimiser's moments). A converted checkpoint is a directory with
-the first item alone.
+the first item alone. Of a damaged checkpoint, which checksums tell, the one before it is used.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -18,23 +19,32 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from esvit_jax import checksums, parallel, whole
 from esvit_jax import config as config_lib
-from esvit_jax import parallel
 from esvit_jax.config import ConfigDict
-from esvit_jax.errors import UserError
+from esvit_jax.errors import DiskFull, RunError, UserError
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.optim import TeacherState
 from esvit_jax.state import TrainState, init_params, zero_centers
 
+ITEMS = ("model", "training")
+
 
 class Checkpoints:
     """The checkpoints of a workdir.
+
+    A damaged newest one is named in the log, gets a name that is no step (`6.damaged`), and the one
+    before it takes its place.
 
     Args:
       workdir: local directory or gs:// path.
       every_steps: steps between two checkpoints.
       keep: latest ones kept.
       keep_every_steps: multiples of this step are kept for good; None for none.
+      strict: refuse a damaged newest checkpoint, and leave it as it is.
+
+    Raises:
+      UserError: all are damaged, or with `strict` the newest is.
     """
 
     def __init__(
@@ -44,16 +54,21 @@ class Checkpoints:
         every_steps: int = 1,
         keep: int | None = None,
         keep_every_steps: int | None = None,
+        strict: bool = False,
     ):
+        self._directory = _absolute(workdir) / "checkpoints"
+        whole.newest(self._directory, ITEMS, strict=strict, set_aside=True)
+        self._being_saved: int | None = None
         self._manager = ocp.CheckpointManager(
-            _absolute(workdir) / "checkpoints",
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=every_steps,
                 max_to_keep=keep,
                 keep_period=keep_every_steps,
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
             ),
-            item_names=("model", "training"),
+            item_names=ITEMS,
         )
 
     def latest_step(self) -> int | None:
@@ -61,17 +76,30 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Starts to save `state` if its step is due (or `force`)."""
+        """Starts to save `state` if its step is due (or `force`).
+
+        Raises:
+          RunError: this or the last checkpoint could not be written; `DiskFull` for want of room.
+        """
         if step == self.latest_step() or not (force or self._manager.should_save(step)):
             return
+        with self._unsaved():
+            self._manager.wait_until_finished()
+        self._being_saved = step
         model, training = split_state(parallel.to_global(state))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
-            ),
-            force=True,
-        )
+        with self._unsaved():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
+                ),
+                force=True,
+            )
+
+    def _before_commit(self) -> None:
+        """Adds checksums to what is being saved; Orbax calls this when all else is written."""
+        if jax.process_index() == 0 and self._being_saved is not None:
+            checksums.write(whole.uncommitted(self._directory, self._being_saved))
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest state, with the structure and shapes of `state`.
@@ -81,7 +109,7 @@ class Checkpoints:
         """
         model, training = split_state(_abstract(state))
         step = self.latest_step()
-        with _unreadable(self._manager.directory, step):
+        with _unreadable(self._directory, step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -92,9 +120,29 @@ class Checkpoints:
         return join_state(restored["model"], restored["training"])
 
     def close(self) -> None:
-        """Waits until what was started is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until what was started is on disk.
+
+        Raises:
+          RunError: see `save`.
+        """
+        with self._unsaved():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextmanager
+    def _unsaved(self) -> Iterator[None]:
+        """Says in one line which checkpoint could not be written, and which is there."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # of Orbax, and of TensorStore
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+            older = whole.committed_steps(self._directory)
+            newest = f"the newest is that of step {older[-1]}" if older else "there is none yet"
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
+            raise (DiskFull if full else RunError)(
+                f"checkpoint {self._being_saved} cannot be written to {self._directory}: {reason}; "
+                f"{newest}. {'Make room' if full else 'Mend that'}, and start it again"
+            ) from error
 
 
 @contextmanager
@@ -194,9 +242,8 @@ def read_config(
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Whether a whole checkpoint is there."""
-    directory = _absolute(workdir) / "checkpoints"
-    return directory.exists() and any(path.name.isdigit() for path in directory.iterdir())
+    """Whether a checkpoint is there, damaged or not."""
+    return bool(whole.committed_steps(_absolute(workdir) / "checkpoints"))
 
 
 class LoadedModel(NamedTuple):
@@ -239,45 +286,65 @@ class LoadedModel(NamedTuple):
         return networks[key]
 
 
-def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
+def load_model(
+    workdir: str | os.PathLike, step: int | None = None, *, strict: bool = False
+) -> LoadedModel:
     """The network in a workdir or a converted checkpoint, replicated over the devices.
 
     Args:
       workdir: local directory or gs:// path.
-      step: of the checkpoint; None is the newest.
+      step: of the checkpoint; None is the newest that is not damaged.
+      strict: refuse a damaged newest checkpoint, in place of taking the one before it.
 
     Raises:
-      UserError: there is no run, no (such) checkpoint, or one of another shape.
+      UserError: there is no run, no (such) checkpoint, or one that is damaged or of another shape.
     """
     found = read_config(workdir)
     if found is None:
         what = "has checkpoints but" if has_checkpoint(workdir) else "is no workdir: it has"
         raise UserError(f"{workdir} {what} no config.json")
     config, origin = found
+    step = _step_to_load(workdir, step, strict)
     model = create_model(config)
-    with ocp.CheckpointManager(
-        _absolute(workdir) / "checkpoints",
-        options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
-        item_names=("model", "training"),
-    ) as manager:
-        steps = manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            have = f"it has steps {sorted(steps)}" if steps else "it has none"
-            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"{workdir} has no {wanted}; {have}")
-        step = max(steps) if step is None else step
-        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
-        if origin.get("parts") == "backbone":
-            shapes = {"teacher": {"backbone": params["backbone"]}}
-        with _unreadable(manager.directory, step):
-            items = manager.restore(
-                step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
-            )
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = {"student": params, "teacher": params, "centers": zero_centers(model)}
+    if origin.get("parts") == "backbone":
+        shapes = {"teacher": {"backbone": params["backbone"]}}
+    with (
+        ocp.CheckpointManager(
+            _absolute(workdir) / "checkpoints",
+            options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
+            item_names=ITEMS,
+        ) as manager,
+        _unreadable(manager.directory, step),
+    ):
+        items = manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(shapes)))
+        )
     arrays = items["model"]
     if origin.get("parts") == "backbone":
         arrays |= {"student": arrays["teacher"], "centers": {}}
     return LoadedModel(config, origin, model, **arrays, step=step)
+
+
+def _step_to_load(workdir: str | os.PathLike, step: int | None, strict: bool) -> int:
+    """The step that is asked for, or else the newest whose network is not damaged.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    directory = _absolute(workdir) / "checkpoints"
+    steps = whole.committed_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        have = f"it has steps {steps}" if steps else "it has none"
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise UserError(f"{workdir} has no {wanted}; {have}")
+    if step is None:
+        found = whole.newest(directory, ["model"], strict=strict)
+        assert found is not None  # as there are some
+        return found
+    whole.check(directory, step, ["model"])
+    return step
 
 
 @contextmanager
@@ -309,8 +376,14 @@ def save_model(
     model = {"student": student, "teacher": teacher, "centers": centers}
     if origin.get("parts") == "backbone":
         model = {"teacher": teacher}
-    with ocp.CheckpointManager(
-        _absolute(directory) / "checkpoints", item_names=("model", "training")
-    ) as manager:
+    checkpoints = _absolute(directory) / "checkpoints"
+
+    def before_commit() -> None:
+        checksums.write(whole.uncommitted(checkpoints, step))
+
+    options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(post_finalization_callback=before_commit)
+    )
+    with ocp.CheckpointManager(checkpoints, options=options, item_names=ITEMS) as manager:
         manager.save(step, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
     write_config(directory, config, origin)

@@ -4,6 +4,7 @@ A library function names its own argument in an error. Whoever took that argumen
 a command line catches the error with `renamed` and gives it the name that the user knows.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,31 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, RunError):
         return RUN_ERROR
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BUG
+
+
+class DiskFull(RunError):
+    """A run could not write what it had to, as there is no room left."""
+
+
+@contextmanager
+def full_disk_in_words() -> Iterator[None]:
+    """Within the block, an operating system's "no space left" is a DiskFull.
+
+    Raises:
+      DiskFull: the first of them, as what writes last on the way out fails once more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.__context__, DiskFull):
+            raise error.__context__ from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise DiskFull(
+            f"{where}{error.strerror}; make room, and start it again to go on from the newest "
+            "checkpoint"
+        ) from error
 
 
 @contextmanager

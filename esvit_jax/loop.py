@@ -17,7 +17,7 @@ from esvit_jax import checkpoint, parallel, preflight, processes
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
-from esvit_jax.errors import RunError, renamed
+from esvit_jax.errors import RunError, full_disk_in_words, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
@@ -58,9 +58,13 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: ConfigDict, workdir: str | os.PathLike[str], *, console: Console | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    console: Console | None = None,
 ) -> TrainResult:
-    """Trains until `total_steps`, from the newest checkpoint in `workdir` if there is one.
+    """Trains until `total_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C end it after the step that is being taken, with a checkpoint; before the
     first step, at once. Of several processes, a signal to any ends all after the same step, two
@@ -69,6 +73,8 @@ def train(
     Args:
       config: see `default_config`.
       workdir: where checkpoints, metrics and figures go; a local folder, made if it is not there.
+      strict: refuse to go on where the newest checkpoint is damaged, in place of going on from the
+        one before it.
       console: a rich console to report to; None is standard output.
 
     Returns:
@@ -77,18 +83,18 @@ def train(
     Raises:
       UserError: something in the config, the data or the workdir that cannot work; before
         anything is compiled where that can be known.
-      RunError: `config.max_bad_steps` steps in a row were not finite; as `Interrupted`: a signal
-        came before the first step.
+      RunError: `config.max_bad_steps` steps in a row were not finite, or a checkpoint cannot be
+        written; as `Interrupted`: a signal came before the first step; as `DiskFull`: no room.
     """
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
-    run = prepare(config, workdir, console)
+    run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
     start = done = checkpoints.latest_step() or 0
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
     with (
-        closing(checkpoints), closing(batches), run.log(console) as log, StopSignals() as signals,
-        renamed(**LOADER_FIELDS),
+        full_disk_in_words(), renamed(**LOADER_FIELDS), closing(checkpoints), closing(batches),
+        run.log(console) as log, StopSignals() as signals,
     ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
         with signals.raising(f"nothing was trained after step {start}; start it again"):
@@ -170,7 +176,9 @@ class Run(NamedTuple):
         )
 
 
-def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Console) -> Run:
+def prepare(
+    config: ConfigDict, workdir: str | os.PathLike[str], console: Console, strict: bool = False
+) -> Run:
     """Opens the data, refuses what cannot work, says what is about to happen.
 
     Nothing is compiled, and nothing written before all is known to fit together.
@@ -207,6 +215,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         every_steps=config.checkpoint_every_steps,
         keep=config.checkpoint_keep,
         keep_every_steps=config.checkpoint_keep_every_steps,
+        strict=strict,
     )
     step = checkpoints.latest_step()
     say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")

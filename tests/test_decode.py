@@ -2,7 +2,14 @@
 
 import importlib.util
 import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from images import encoded, noise
@@ -122,6 +129,114 @@ def test_heic_agrees_with_the_image_that_it_was_made_of():
         assert np.abs(difference).max() <= 6
         with pytest.raises(DecodeError, match="pillow-heif reads no whole image"):
             decode(file.getvalue()[:-100], 48)
+
+
+def smooth(mode: str = "RGB") -> Image.Image:
+    """An image that JPEG changes little, 48 pixels wide and 40 high."""
+    small = Image.fromarray(noise(6, 5, 6, 3))
+    return small.resize((48, 40), Image.Resampling.BICUBIC).convert(mode)
+
+
+def animated(format: str, **options: object) -> bytes:
+    """Two frames, the second of which is the negative of the first."""
+    negative = Image.fromarray(255 - np.asarray(smooth()))
+    return encoded(smooth(), format, save_all=True, append_images=[negative], **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(smooth().resize((1, 1))),
+        encoded(smooth("CMYK"), "JPEG", quality=95),
+        encoded(smooth(), "JPEG", quality=95, progressive=True),
+        encoded(smooth("L"), "JPEG", quality=95),
+        encoded(smooth("1")),
+        encoded(smooth("LA")),
+        animated("GIF"),
+        animated("PNG"),
+        animated("WEBP", lossless=True),
+    ],
+    ids=["1x1", "cmyk", "progressive", "grey", "1 bit", "grey and alpha", "gif", "apng", "webp"],
+)
+def test_unusual_images_are_as_pillow_reads_them(data: bytes):
+    """Of those that move, the first frame."""
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    canvas, size = decode(data, 48)
+    assert size.tolist() == list(expected.shape[:2])
+    assert np.abs(canvas[: size[0], : size[1]].astype(int) - expected).max() <= 1
+
+
+def test_of_16_bits_the_upper_8_are_used():
+    pixels = np.random.default_rng(0).integers(0, 65536, (6, 8, 3), np.uint16)
+    data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()  # Pillow writes no such RGB
+    np.testing.assert_array_equal(decode(data, 8)[0][:6], pixels >> 8)
+
+
+def test_a_line_of_pixels_stays_one():
+    column = noise(9, 5000, 1, 3)
+    canvas, size = decode(encoded(column), 50)
+    assert size.tolist() == [50, 1]
+    means = column.reshape(50, 100, 3).mean(1)
+    assert np.abs(canvas[:50, 0] - means).max() <= 0.5 + 1e-6
+    assert decode(encoded(noise(9, 1, 5000, 3)), 50)[1].tolist() == [1, 50]
+
+
+def bomb(side: int) -> bytes:
+    """A black PNG of one bit a pixel."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    row, packer = bytes(1 + -(-side // 8)), zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+HOSTILE = """
+import json, resource, sys, time
+from esvit_jax.data.loader import eval_batches
+from esvit_jax.data.sources import open_source
+source = open_source("folder:" + sys.argv[1], "train")
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+(batch,) = eval_batches(source, batch_size=len(source), canvas_size=32, num_threads=1)
+print(json.dumps({
+    "seconds": time.monotonic() - start,
+    "megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    "read": [name for name, good in zip(batch["id"], batch["mask"]) if good],
+}))
+"""
+
+
+def test_hostile_files_are_bad_records_at_once(tmp_path: Path):
+    """In a process of its own: OpenCV takes the limit on pixels when it is loaded."""
+    files = {
+        "bomb.png": bomb(30_000),
+        "bomb.jpg": bomb(15_000),  # whatever its name says
+        "empty.jpg": b"",
+        "text.jpg": b"This is no picture.",
+        "cut.jpg": encoded(smooth(), "JPEG")[:-200],
+        "good.png": encoded(smooth()),
+        "large.png": bomb(3_000),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert len(files["bomb.png"]) < 200_000
+    found = subprocess.run(
+        [sys.executable, "-c", HOSTILE, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    measured = json.loads(found.stdout)
+    assert sorted(measured["read"]) == ["good.png", "large.png"]
+    assert measured["seconds"] < 2 and measured["megabytes"] < 200, measured
+    named = {line.split(" train: ")[1] for line in found.stderr.splitlines() if "decoded" in line}
+    assert {line.split(" cannot be decoded: ")[0] for line in named} == {
+        "bomb.png", "bomb.jpg", "empty.jpg", "text.jpg", "cut.jpg",
+    }  # fmt: skip
+    limit = "it has more than 200,000,000 pixels (OPENCV_IO_MAX_IMAGE_PIXELS in the environment"
+    assert sum(limit in line for line in named) == 2
 
 
 def test_what_is_no_image_is_refused():

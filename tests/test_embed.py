@@ -224,6 +224,30 @@ def test_a_part_that_cannot_be_read_is_computed_again(tmp_path, workdir, monkeyp
         np.testing.assert_array_equal(whole[name], mended[name])
 
 
+def test_any_flipped_bit_of_a_part_is_found_or_changes_nothing(tmp_path):
+    columns = {"view_features": np.arange(6, dtype=np.float32).reshape(3, 2)}
+    columns |= {"label": np.arange(3, dtype=np.int32), "id": np.array(["a", "b", "c"])}
+    about = {"columns": ["view_features"]}
+
+    def parts():
+        return Parts(tmp_path / "f.npz", about, 1, lambda message: None)
+
+    parts().write(0, columns)
+    file = parts().folder / "00000000.npz"
+    content, found = file.read_bytes(), 0
+    for bit in range(0, 8 * len(content), 3):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        if parts().gaps():
+            found += 1
+            continue
+        with np.load(file) as part:
+            for name, array in columns.items():
+                np.testing.assert_array_equal(part[name], array)
+    assert found > 8 * len(content) / 3 / 2
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"network": "tea', b"\xff\xfe", b"[]"])
 def test_a_torn_about_begins_anew(tmp_path, workdir, monkeypatch, capsys, torn):
     folder = left_by_an_interruption(tmp_path, workdir, monkeypatch)

@@ -102,11 +102,20 @@ def positive(text: str) -> int:
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """--workdir and --step: a trained network on disk."""
+    """--workdir, --step and --strict: a trained network on disk."""
     parser.add_argument(
         "--workdir", required=True, type=path, help="of a run, or a converted checkpoint"
     )
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    add_strict(parser)
+
+
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """--strict: damaged checkpoints are not passed over."""
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="refuse a damaged newest checkpoint (default: name it, and take the one before it)",
+    )  # fmt: skip
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +210,13 @@ def check_writable(file: str, flag: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leaves of what libraries log the warnings."""
+    """Leaves of what libraries log the warnings.
+
+    Of a save that fails, Orbax logs several tracebacks beside raising the error: those are not.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         with renamed(**flags):
             about = embed(
                 arguments.workdir, arguments.data, arguments.out, split=arguments.split,
-                data_dir=arguments.data_dir, step=arguments.step, regions=arguments.regions,
+                data_dir=arguments.data_dir, step=arguments.step, strict=arguments.strict,
+                regions=arguments.regions,
                 batch_size=arguments.batch_size,
             )  # fmt: skip
     except KeyboardInterrupt:

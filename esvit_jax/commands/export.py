@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     with renamed(**flags):
         errors = export(
             arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
-            image_size=arguments.image_size, step=arguments.step,
+            image_size=arguments.image_size, step=arguments.step, strict=arguments.strict,
             report=lambda message: print(message, file=sys.stderr, flush=True),
         )  # fmt: skip
     for reader, error in errors.items():

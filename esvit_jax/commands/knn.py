@@ -67,7 +67,7 @@ def run(arguments: Any) -> None:
     console = Console(stderr=arguments.json, quiet=not first)
     if arguments.out and first:
         check_writable(arguments.out, "--out")
-    loaded = load_model(arguments.workdir, arguments.step)
+    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
     if out and first and not arguments.out:
         check_writable(out, "--out")
     sources = open_sources(arguments, loaded)

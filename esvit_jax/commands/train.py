@@ -6,11 +6,12 @@ import sys
 from esvit_jax.commands.arguments import (
     ConfigParser,
     add_processes,
+    add_strict,
     path,
     processes,
     quiet_libraries,
 )
-from esvit_jax.errors import RUN_ERROR, renamed
+from esvit_jax.errors import RUN_ERROR, DiskFull, renamed
 
 
 def main(argv: list[str]) -> None:
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
     parser = ConfigParser("train", "Trains a backbone, or goes on with a run that was interrupted.")
     parser.add_argument("--workdir", required=True, type=path, help="where the run is kept")
     add_processes(parser)
+    add_strict(parser)
     config, arguments = parser.parse(argv)
 
     import jax
@@ -30,10 +32,11 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     try:
         with processes(arguments, "train"), renamed(workdir="--workdir"):
-            result = train(config, arguments.workdir)
+            result = train(config, arguments.workdir, strict=arguments.strict)
             if jax.process_index() == 0:
                 summarize(config, result.workdir, Console())
-    except Interrupted as error:  # perhaps while compiling, which an ordinary exit waits for
+    # Perhaps while compiling, which an ordinary exit waits for; or with files that it cannot flush.
+    except (Interrupted, DiskFull) as error:
         print(f"esvit train: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

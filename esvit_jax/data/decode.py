@@ -2,9 +2,17 @@
 
 import importlib.util
 import io
+import os
 
-import cv2
 import numpy as np
+
+# Of pixels in an image, as its header says before anything is decoded: a PNG of 100 kB may claim
+# 900 million, which takes a decoder seconds and gigabytes. The largest photos of telephones have
+# 200 million. OpenCV reads its limit once, when it is loaded: a program that imports cv2 before
+# this module sets the variable itself, or has OpenCV's own limit, 2^30.
+PIXEL_LIMIT = "OPENCV_IO_MAX_IMAGE_PIXELS"
+MAX_PIXELS = int(os.environ.setdefault(PIXEL_LIMIT, "200000000"))
+import cv2  # noqa: E402
 
 # Images are decoded side by side, in worker processes too (which import this module);
 # threads of OpenCV's own would only fight for the same cores.
@@ -13,6 +21,9 @@ cv2.setNumThreads(0)
 
 # What a HEIC file says of itself, whatever its name; phones call some of them .jpg.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels ({PIXEL_LIMIT} in the environment sets that)"
 
 
 class DecodeError(ValueError):
@@ -36,7 +47,7 @@ def decode(image: bytes | np.ndarray, canvas_size: int) -> tuple[np.ndarray, np.
       corner, and the image's (height, width) there, int32[2].
 
     Raises:
-      DecodeError: no image, or one that is cut off.
+      DecodeError: no image, one that is cut off, or one of more than MAX_PIXELS.
     """
     rgb = _rgb_of_bytes(image) if isinstance(image, bytes) else _rgb_of_array(image)
     height, width = rgb.shape[:2]
@@ -56,7 +67,9 @@ def _rgb_of_bytes(data: bytes) -> np.ndarray:
         return _rgb_of_heic(data)
     try:
         rgb = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error as error:  # such as an image of more pixels than OpenCV allows
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE_PIXELS" in str(error):
+            raise DecodeError(TOO_LARGE) from error
         raise DecodeError(str(error).strip().splitlines()[-1]) from error
     if rgb is None:
         raise DecodeError(f"OpenCV reads no whole image from its {len(data)} bytes")
@@ -79,7 +92,12 @@ def _rgb_of_heic(data: bytes) -> np.ndarray:
     import pillow_heif
 
     try:  # 8 bits, and upright
-        return _rgb_of_array(np.asarray(pillow_heif.open_heif(io.BytesIO(data))))
+        file = pillow_heif.open_heif(io.BytesIO(data))
+        if file.size[0] * file.size[1] > MAX_PIXELS:
+            raise DecodeError(TOO_LARGE)
+        return _rgb_of_array(np.asarray(file))
+    except DecodeError:
+        raise
     except (ValueError, RuntimeError, EOFError, OSError) as error:
         raise DecodeError(f"pillow-heif reads no whole image from it: {error}") from error
 

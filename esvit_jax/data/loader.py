@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from absl import flags, logging
 
 from esvit_jax.data.decode import DecodeError, decode
 from esvit_jax.data.sources import IndexedSource, Record, Source, TFRecordSource
-from esvit_jax.errors import UserError
+from esvit_jax.errors import RunError, UserError
 
 _Item = TypeVar("_Item")
 
@@ -182,6 +183,7 @@ def train_batches(
       UserError: at once, on an argument out of its range or a `batch_size` that the processes
         cannot share evenly; from the iterator, of `max_bad_records`, on more bad records than
         that, or if there are no others.
+      RunError: from the iterator, where a worker process was killed.
     """
     _check_arguments(
         batch_size=(batch_size, 1),
@@ -252,6 +254,14 @@ def _checked_batches(
             if bad:
                 bad_records.add(bad)
             yield {key: np.array(value) for key, value in batch.items()} if copy else batch
+    except RuntimeError as error:
+        if ended := re.match("Worker process .* with (exit code -?[0-9]+)", str(error)):
+            raise RunError(
+                f"a worker process that prepares batches ended ({ended[1]}; -9 is often too little "
+                "memory: fewer num_workers need less); start again to go on from the newest "
+                "checkpoint"
+            ) from error
+        raise
     finally:
         iterator.close()
 

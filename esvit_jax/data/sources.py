@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from google.protobuf import json_format
+from google.protobuf import json_format, message
 from tensorflow_datasets.core import constants, read_only_builder
 
 from esvit_jax.data.folders import printable, read_folder
@@ -151,7 +151,10 @@ Source = IndexedSource | TFRecordSource
 
 @dataclasses.dataclass(frozen=True)
 class _TfdsRecords:
-    """Records of array_record (or Parquet) files; reads neither TensorFlow nor other features."""
+    """Records of array_record (or Parquet) files; reads neither TensorFlow nor other features.
+
+    A record that cannot be read, as its file was cut off since, has no bytes, so decoding names it.
+    """
 
     raw: Sequence[Any]  # bytes-like
     features: tfds.features.FeaturesDict  # of the image and the label, so no other is parsed
@@ -164,16 +167,18 @@ class _TfdsRecords:
         return len(self.raw)
 
     def __getitem__(self, index: int) -> Record:
-        example: Any = self.features.deserialize_example_np(
-            self.raw[index], decoders={self.image_key: tfds.decode.SkipDecoding()}
-        )
         shard = bisect.bisect_right(self.starts, index) - 1
         filename, first = self.shards[shard]
-        return {
-            "image": example[self.image_key],
-            "label": int(example[self.label_key]) if self.label_key else -1,
-            "id": f"{filename}__{first + index - self.starts[shard]}",
-        }
+        name = f"{filename}__{first + index - self.starts[shard]}"
+        try:
+            example: Any = self.features.deserialize_example_np(
+                self.raw[index], decoders={self.image_key: tfds.decode.SkipDecoding()}
+            )
+            label = int(example[self.label_key]) if self.label_key else -1
+            image = example[self.image_key]
+        except (TypeError, ValueError, RuntimeError, OSError, message.Error):
+            image, label = None, -1
+        return {"image": b"" if image is None else image, "label": label, "id": name}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def embed(
     split: str | None = None,
     data_dir: str | None = None,
     step: int | None = None,
+    strict: bool = False,
     regions: bool = False,
     batch_size: int | None = None,
     console: Console | None = None,
@@ -68,6 +69,7 @@ def embed(
     split: str | None = None,
     data_dir: str | None = None,
     step: int | None = None,
+    strict: bool = False,
     regions: bool = False,
     batch_size: int | None = None,
     console: Console | None = None,
@@ -83,6 +85,7 @@ def embed(
     split: str | None = None,
     data_dir: str | None = None,
     step: int | None = None,
+    strict: bool = False,
     regions: bool = False,
     batch_size: int | None = None,
     console: Console | None = None,
@@ -97,6 +100,7 @@ def embed(
     split: str | None = None,
     data_dir: str | None = None,
     step: int | None = None,
+    strict: bool = False,
     regions: bool = False,
     batch_size: int | None = None,
     console: Console | None = None,
@@ -119,6 +123,7 @@ def embed(
       split: as in TFDS; None is "train", or without `data` the run's training split.
       data_dir: where TFDS data sets lie; None is the run's `config.data.data_dir`.
       step: of the checkpoint; None is the newest.
+      strict: refuse a damaged newest checkpoint, in place of taking the one before it.
       regions: whether to compute region features too.
       batch_size: images a batch, over all devices; None is the run's `config.evaluate.batch_size`,
         or less where that does not fit the data or the devices.
@@ -148,7 +153,10 @@ def embed(
             f"{jax.device_count()} devices cannot share that many",
             argument="batch_size", value=batch_size,
         )  # fmt: skip
-    loaded = network if isinstance(network, LoadedModel) else load_model(network, step)
+    if isinstance(network, LoadedModel):
+        loaded = network
+    else:
+        loaded = load_model(network, step, strict=strict)
     source = _open(loaded, data, split, data_dir)
     work = _Work(loaded, source, regions, batch_size)
     console = console or Console()

@@ -55,7 +55,8 @@ class Parts:
         _write_whole(file, lambda file: file.write(json.dumps(about).encode()))
 
         there = [i for i in range(self._count) if self._path(i).exists()]
-        cut = [i for i in there if not _is_whole(self._path(i))]
+        columns = {*about.get("columns", ()), "label", "id"}
+        cut = [i for i in there if not _is_whole(self._path(i), columns)]
         for i in cut:
             self._path(i).unlink()
         if cut:
@@ -124,12 +125,14 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _is_whole(part: Path) -> bool:
-    """Whether all of a .npz file can be read."""
+def _is_whole(part: Path, columns: set[str]) -> bool:
+    """Whether a .npz file has these arrays, and all of them can be read."""
     try:
         with zipfile.ZipFile(part) as archive:
-            return archive.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+            whole = archive.testzip() is None
+            return whole and {f"{name}.npy" for name in columns} == set(archive.namelist())
+    # The last two are of a damaged table of contents: another compression, or a password.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         return False
 
 

@@ -32,6 +32,7 @@ def export(
     key: str | None = None,
     image_size: int | None = None,
     step: int | None = None,
+    strict: bool = False,
     report: Callable[[str], None] = lambda message: None,
 ) -> dict[str, float]:
     """Writes a backbone in one of `FORMATS`, with a model card; the folder is whole or not there.
@@ -43,6 +44,7 @@ def export(
       key: "teacher" or "student"; None is the one that evaluation uses.
       image_size: pixels along a side of its images; None is the size that the run is evaluated at.
       step: of the checkpoint; None is the newest.
+      strict: refuse a damaged newest checkpoint, in place of taking the one before it.
       report: called with what is being done, a line each.
 
     Returns:
@@ -59,7 +61,7 @@ def export(
     workdir, chosen = os.path.expanduser(workdir), FORMATS[format]
     with new_folder(directory) as folder:
         report(f"reading {workdir}")
-        source = load_exportable(workdir, key=key, image_size=image_size, step=step)
+        source = load_exportable(workdir, key=key, image_size=image_size, step=step, strict=strict)
         chosen.check(source)
         report(f"writing it for {format}")
         write_config(source, format, folder)

@@ -107,7 +107,12 @@ class Format:
 
 
 def load_exportable(
-    workdir: str | os.PathLike, *, key: str | None, image_size: int | None, step: int | None
+    workdir: str | os.PathLike,
+    *,
+    key: str | None,
+    image_size: int | None,
+    step: int | None,
+    strict: bool,
 ) -> Exportable:
     """Reads the backbone of a run or a converted checkpoint.
 
@@ -115,13 +120,13 @@ def load_exportable(
       workdir: see `checkpoint.load_model`.
       key: "teacher" or "student"; None is the one that evaluation uses.
       image_size: pixels; None is the size that the run is evaluated at.
-      step: of the checkpoint; None is the newest.
+      step, strict: see `checkpoint.load_model`.
 
     Raises:
       UserError: there is no such model, its weights are not finite, or `image_size` is smaller
         than a patch or too large.
     """
-    loaded = checkpoint.load_model(workdir, step)
+    loaded = checkpoint.load_model(workdir, step, strict=strict)
     network = loaded.network(key)
     config = loaded.config
     chosen: str = key or loaded.origin.get("key", "teacher")
