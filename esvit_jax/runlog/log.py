@@ -46,7 +46,10 @@ class RunLog:
         self._config, self._numbers, self._schedules = config, numbers, schedules
         self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
         self._writer = MetricWriter(
-            workdir, resume_step=resume_step, enabled=jax.process_index() == 0
+            workdir,
+            resume_step=resume_step,
+            enabled=jax.process_index() == 0,
+            report=self.say,
         )
         self._shown_warnings: set[str] = set()
         self._timed_from = resume_step or 0  # steps done when the clock last started
