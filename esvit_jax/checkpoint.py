@@ -8,7 +8,7 @@ the first item alone.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from esvit_jax import buckets, parallel
 from esvit_jax import config as config_lib
-from esvit_jax import parallel
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
 from esvit_jax.models import EsViT, create_model
@@ -52,6 +52,8 @@ class Checkpoints:
                 max_to_keep=keep,
                 keep_period=keep_every_steps,
                 enable_async_checkpointing=True,
+                # So that `save` raises where nothing can be written, and waits for no thread.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_names=("model", "training"),
         )
@@ -60,10 +62,18 @@ class Checkpoints:
         """The step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Starts to save `state` if its step is due (or `force`)."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        force: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts to save `state` if its step is due (or `force`); calls `before` before that."""
         if step == self.latest_step() or not (force or self._manager.should_save(step)):
             return
+        before()
         model, training = split_state(parallel.to_global(state))
         self._manager.save(
             step,
@@ -93,8 +103,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until what was started is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with buckets.waiting(self._manager.directory):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 @contextmanager
@@ -137,8 +148,10 @@ def _abstract(tree: PyTree) -> PyTree:
 
 
 def _absolute(workdir: str | os.PathLike) -> epath.Path:
-    path = epath.Path(workdir)
-    return path if "://" in str(workdir) else path.absolute()
+    if buckets.is_remote(workdir):
+        buckets.make_ready()
+        return epath.Path(workdir)
+    return epath.Path(workdir).absolute()
 
 
 def write_config(
@@ -163,6 +176,7 @@ def write_config(
     temporary.replace(directory / name)
 
 
+@buckets.reads_bucket
 def read_config(
     workdir: str | os.PathLike, name: str = "config.json"
 ) -> tuple[ConfigDict, dict[str, Any]] | None:
@@ -193,6 +207,7 @@ def read_config(
     return config, origin
 
 
+@buckets.reads_bucket
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Whether a whole checkpoint is there."""
     directory = _absolute(workdir) / "checkpoints"
@@ -239,6 +254,7 @@ class LoadedModel(NamedTuple):
         return networks[key]
 
 
+@buckets.reads_bucket
 def load_model(workdir: str | os.PathLike, step: int | None = None) -> LoadedModel:
     """The network in a workdir or a converted checkpoint, replicated over the devices.
 

@@ -49,8 +49,10 @@ def main(argv: list[str]) -> None:
     if arguments.out:
         check_writable(arguments.out, "--out")
 
+    from etils import epath
     from rich.console import Console
 
+    from esvit_jax.buckets import reaching
     from esvit_jax.checkpoint import load_model
     from esvit_jax.evaluate.knn import knn_table
 
@@ -75,8 +77,8 @@ def main(argv: list[str]) -> None:
         "test_unreadable": len(test) - images[1],
     }
     if out:
-        with open(out, "w") as file:
-            file.write(json.dumps(report | values, indent=1) + "\n")
+        with reaching(out):
+            epath.Path(out).write_text(json.dumps(report | values, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(report | values))
     else:

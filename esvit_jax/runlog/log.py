@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 
 from esvit_jax.config import ConfigDict, RunNumbers
@@ -35,7 +35,7 @@ class RunLog:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: epath.Path,
         config: ConfigDict,
         numbers: RunNumbers,
         schedules: Mapping[str, Schedule],
@@ -96,6 +96,10 @@ class RunLog:
         self._writer.write(done, numbers)
         self._warn(done, numbers)
         self.scalars = numbers
+
+    def flush(self) -> None:
+        """Brings what was written to a workdir that is in a bucket."""
+        self._writer.flush()
 
     def _warn(self, done: int, scalars: Mapping[str, Any]) -> None:
         if done <= self._numbers.warmup_steps:

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tensorboardX import SummaryWriter
+
+from esvit_jax import buckets
 
 
 class MetricWriter:
@@ -18,13 +21,16 @@ class MetricWriter:
     that is not finite is written as null. A line is with the operating system when `write`
     returns, so a killed run loses none; TensorBoard may lag by `flush_secs`.
 
+    What a bucket holds cannot be appended to. For a workdir in one, both lie in a local temporary
+    folder, and `flush` and `close` bring them there.
+
     With `resume_step` (the step of the checkpoint that the run goes on from) whatever was logged
     after that step is dropped from the file and hidden in TensorBoard: the file reads as if there
     had been one run. Lines that are damaged, by the end of the process or by the disk, are dropped
     too, with a word; those around them stay. Without `resume_step` both start empty.
 
     Args:
-      workdir: a local directory; made if it is not there.
+      workdir: a directory, made if it is not there, or gs://….
       resume_step: last step whose lines are kept; None for a run that starts at the beginning.
       enabled: False (processes other than 0) writes nothing and creates no file.
       report: is told of damaged lines.
@@ -32,7 +38,7 @@ class MetricWriter:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike[str],
         *,
         resume_step: int | None = None,
         enabled: bool = True,
@@ -41,16 +47,22 @@ class MetricWriter:
         self._enabled = enabled
         if not enabled:
             return
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
+        self._workdir = self._folder = epath.Path(workdir)
+        if buckets.is_remote(workdir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="esvit_metrics")
+            self._folder = epath.Path(self._temporary.name)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "metrics.jsonl"
+        kept = self._workdir / "metrics.jsonl"
+        if kept != path and resume_step is not None and kept.exists():
+            path.write_bytes(kept.read_bytes())
         if resume_step is None:
             path.write_bytes(b"")
         elif path.exists():
             _keep_steps(path, resume_step, report)
         self._file = path.open("ab")
         self._events = SummaryWriter(
-            logdir=str(workdir / "tensorboard"),
+            logdir=str(self._folder / "tensorboard"),
             purge_step=0 if resume_step is None else resume_step + 1,
             flush_secs=10,
             # The name has whole seconds only: a quick restart would overwrite the last run's file.
@@ -69,10 +81,22 @@ class MetricWriter:
         for name, number in numbers.items():
             self._events.add_scalar(name, number, step)
 
+    def flush(self) -> None:
+        """Brings all that was written to a workdir in a bucket, whole files."""
+        if not self._enabled or self._folder == self._workdir:
+            return
+        self._events.flush()
+        events = [f"tensorboard/{path.name}" for path in (self._folder / "tensorboard").iterdir()]
+        with buckets.waiting(self._workdir):
+            for name in ("metrics.jsonl", *events):
+                (self._workdir / name).write_bytes((self._folder / name).read_bytes())
+
     def close(self) -> None:
-        if self._enabled:
-            self._file.close()
-            self._events.close()
+        if not self._enabled:
+            return
+        self._file.close()
+        self._events.close()
+        self.flush()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -81,12 +105,12 @@ class MetricWriter:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl as dicts, in order, without those that are damaged."""
-    return [record for _, record in _parsed_lines(Path(path)) if record is not None]
+    return [record for _, record in _parsed_lines(epath.Path(path)) if record is not None]
 
 
-def _parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def _parsed_lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Yields each line and what it holds; None for one that is damaged or has no end."""
     with path.open("rb") as lines:
         for line in lines:
@@ -98,7 +122,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             yield line, record if is_ours else None
 
 
-def _keep_steps(path: Path, last: int, report: Callable[[str], None]) -> None:
+def _keep_steps(path: epath.Path, last: int, report: Callable[[str], None]) -> None:
     """Leaves of a metrics.jsonl the lines that are whole and belong to steps up to the last."""
     lines = list(_parsed_lines(path))
     kept = [line for line, record in lines if record is not None and record["step"] <= last]
@@ -107,7 +131,7 @@ def _keep_steps(path: Path, last: int, report: Callable[[str], None]) -> None:
     damaged = [i for i, (_, record) in enumerate(lines, start=1) if record is None]
     if damaged:
         numbers = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
-        report(f"damaged and left out: line {numbers} of {path}; those around it are kept")
+        report(f"damaged and left out: line {numbers} of {path.name}; those around it are kept")
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)

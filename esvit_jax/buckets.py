@@ -1,0 +1,164 @@
+"""Files in a bucket (gs://), through epath and gcsfs: made ready, waited for, and named in errors.
+
+What a program writes there appears whole or not at all, and can be replaced but not appended to.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from etils import epath
+from rich.console import Console
+
+from esvit_jax.errors import RunError, UserError
+from esvit_jax.runlog.alive import signs_of_life
+
+# Libraries whose exceptions mean that a bucket could not be reached.
+CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorflow")
+# TensorStore waits 1, 2, 4, … s between its tries: a minute in all, where its own rule would take a
+# quarter of an hour. gcsfs tries for half a minute.
+RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "32s"}
+
+_waited_for: set[str] = set()  # paths of which somebody further up says so
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL, such as gs://bucket/run."""
+    return "://" in os.fspath(path)
+
+
+@functools.cache
+def make_ready() -> None:
+    """Sets the libraries up for buckets, before anything is read from one.
+
+    Raises:
+      UserError: gcsfs is not installed.
+    """
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError("files in a bucket need gcsfs: pip install 'esvit_jax[gcs]'")
+    # For zonal buckets gcsfs asks for the kind of a bucket before every request.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # A server that takes a connection and then says nothing is given up like one that is gone.
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    # Traces of what is raised as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+    import aiohttp
+    import fsspec
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    fsspec.config.conf["gcs"] = {
+        "use_listings_cache": False,  # others write there, too
+        "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30),
+    } | fsspec.config.conf.get("gcs", {})
+    # Orbax has no argument for it.
+    for context in (
+        tensorstore_utils._BASE_TS_CONTEXT,
+        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
+    ):
+        context["gcs_request_retries"] = RETRIES
+
+
+def usable_folder(text: str) -> epath.Path:
+    """A folder in a bucket, after something was written to it and removed again.
+
+    Args:
+      text: gs://bucket/folder, which may hold nothing yet.
+
+    Raises:
+      UserError: as `workdir`: it is none, or may not be written to.
+      RunError: the bucket cannot be reached.
+    """
+
+    def refusal(message: str) -> UserError:
+        return UserError(message, argument="workdir", value=text)
+
+    scheme, _, place = text.partition("://")
+    if scheme != "gs":
+        raise refusal("of buckets only gs:// can be written to; mount this one as a folder")
+    bucket, _, folder = place.strip("/").partition("/")
+    if not bucket or not folder:
+        raise refusal("it names no folder in a bucket; give gs://BUCKET/RUN")
+    try:
+        make_ready()
+    except UserError as error:
+        raise refusal(error.message) from error
+    path = epath.Path(f"gs://{bucket}/{folder}")
+    probe = path / f"probe-{uuid.uuid4().hex}"
+    try:
+        with reaching(path), waiting(path):
+            probe.write_bytes(b"?")
+            probe.unlink()
+    except FileNotFoundError as error:
+        raise refusal(f"there is no bucket {bucket}, or you may not see it") from error
+    except OSError as error:  # what gcsfs makes of "forbidden", among others
+        raise refusal(f"it cannot be written to: {_one_line(error)}") from error
+    return path
+
+
+@contextmanager
+def reaching(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what clients of a bucket raise in the block into a line that names the path.
+
+    Raises:
+      RunError: the bucket cannot be reached, or does not do what it was asked for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or not _is_of_bucket(error):
+            raise
+        raise RunError(
+            f"{os.fspath(path)} cannot be reached: {_one_line(error)}. What was written before is "
+            "whole; start it again when the bucket answers"
+        ) from error
+
+
+@contextmanager
+def waiting(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says on standard error, while the block runs, that a bucket is waited for."""
+    if not is_remote(path) or os.fspath(path) in _waited_for:
+        yield
+        return
+    _waited_for.add(os.fspath(path))
+    try:
+        with signs_of_life(lambda: f"waiting for {os.fspath(path)}", Console(stderr=True)):
+            yield
+    finally:
+        _waited_for.remove(os.fspath(path))
+
+
+def reads_bucket(function: Callable[P, T]) -> Callable[P, T]:
+    """For functions whose first argument is a path that may be in a bucket: waits with words."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        path: Any = args[0] if args else next(iter(kwargs.values()))
+        if not is_remote(path):
+            return function(*args, **kwargs)
+        make_ready()
+        with reaching(path), waiting(path):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_of_bucket(error: Exception) -> bool:
+    """Whether a bucket's client raised it; TensorStore has only ValueErrors that name the place."""
+    client = type(error).__module__.split(".")[0]
+    from_tensorstore = isinstance(error, ValueError) and "gs://" in str(error)
+    return client in CLIENTS or (from_tensorstore and not isinstance(error, UserError))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
