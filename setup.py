@@ -9,6 +9,7 @@ here = Path(__file__).parent
 version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[0]
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+GCS = ["gcsfs"]
 TEST = ["beartype", "pillow", "pytest", "pytest-xdist"]
 
 setup(
@@ -78,9 +79,10 @@ setup(
         "tf": ["tensorflow"],
         "heic": ["pillow-heif"],
         "torch": ["torch", "transformers"],
+        "gcs": GCS,
         "docs": DOCS,
         "test": TEST,
         # Linters are pinned: what passes today passes tomorrow.
-        "dev": [*DOCS, *TEST, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
+        "dev": [*DOCS, *TEST, *GCS, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
     },
 )

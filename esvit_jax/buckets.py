@@ -4,12 +4,16 @@ What a program writes there appears whole or not at all, and can be replaced but
 """
 
 import functools
+import hashlib
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
@@ -54,13 +58,13 @@ def make_ready() -> None:
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
     import aiohttp
-    import fsspec
+    from fsspec.config import conf
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    fsspec.config.conf["gcs"] = {
+    conf["gcs"] = {
         "use_listings_cache": False,  # others write there, too
         "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30),
-    } | fsspec.config.conf.get("gcs", {})
+    } | conf.get("gcs", {})
     # Orbax has no argument for it.
     for context in (
         tensorstore_utils._BASE_TS_CONTEXT,
@@ -104,6 +108,59 @@ def usable_folder(text: str) -> epath.Path:
     except OSError as error:  # what gcsfs makes of "forbidden", among others
         raise refusal(f"it cannot be written to: {_one_line(error)}") from error
     return path
+
+
+@contextmanager
+def local_copy(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file that is local already (~ is the home folder), or a copy of one in a bucket.
+
+    Raises:
+      UserError: the bucket has no such file; as `path`.
+      RunError: the bucket cannot be reached.
+    """
+    if not is_remote(file):
+        yield Path(os.path.expanduser(file))
+        return
+    make_ready()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / epath.Path(file).name
+        try:
+            with reaching(file), waiting(file):
+                _copy(epath.Path(file), epath.Path(copy))
+        except FileNotFoundError as error:
+            message = "there is no such file in the bucket"
+            raise UserError(message, argument="path", value=os.fspath(file)) from error
+        yield copy
+
+
+@contextmanager
+def local_work(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where a file for a bucket can be made: it is copied there at the end, if nothing fails.
+
+    It is the same local place for each try at the same file, so that what is left there of one is
+    found by the next.
+
+    Raises:
+      UserError: the file's folder cannot be written to; as `workdir`.
+      RunError: the bucket cannot be reached.
+    """
+    usable_folder(os.path.dirname(os.fspath(file)))
+    name = hashlib.sha1(os.fspath(file).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"esvit_jax-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    work = folder / epath.Path(file).name
+    yield work
+    try:
+        with reaching(file), waiting(file):
+            _copy(epath.Path(work), epath.Path(file))
+    except (RunError, OSError) as error:
+        raise RunError(f"{work} is whole, but could not be copied: {error}") from error
+    shutil.rmtree(folder)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    with source.open("rb") as content, target.open("wb") as file:
+        shutil.copyfileobj(content, file, 16 * 2**20)
 
 
 @contextmanager

@@ -211,7 +211,10 @@ def read_config(
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Whether a whole checkpoint is there."""
     directory = _absolute(workdir) / "checkpoints"
-    return directory.exists() and any(path.name.isdigit() for path in directory.iterdir())
+    return directory.exists() and any(
+        path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+        for path in directory.iterdir()
+    )
 
 
 class LoadedModel(NamedTuple):

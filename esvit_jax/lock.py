@@ -41,10 +41,11 @@ class Lock:
       UserError: another run has it, or nothing can be written there; as `workdir`.
     """
 
-    def __init__(self, workdir: epath.Path, seconds: float, *, enabled: bool = True):
+    def __init__(self, workdir: os.PathLike[str], seconds: float, *, enabled: bool = True):
         self._enabled, self._lost = enabled, False
         if not enabled:
             return
+        workdir = epath.Path(workdir)
         self._path, self._seconds = workdir / NAME, seconds
         self._owner = {
             "owner": uuid.uuid4().hex,

@@ -64,7 +64,7 @@ def _existing_part(path: Path) -> Path:
     return path
 
 
-def check_same_run(workdir: epath.Path, config: ConfigDict, numbers: RunNumbers) -> None:
+def check_same_run(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> None:
     """Refuses to go on with a run of another model, data set or length.
 
     Raises:
@@ -117,7 +117,7 @@ def _advice(changes: list[str]) -> str:
     return f"Set it back to go on with this run, or take another workdir; {new_run}"
 
 
-def write_run_config(workdir: epath.Path, config: ConfigDict, numbers: RunNumbers) -> None:
+def write_run_config(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> None:
     """Makes the folder and writes its config.json.
 
     Raises:

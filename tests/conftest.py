@@ -32,9 +32,7 @@ def _tiny_config():
 
 @pytest.fixture(scope="session", name="server")
 def _server():
-    pytest.importorskip("gcsfs")
-    import bucket
-
+    bucket = pytest.importorskip("bucket")
     server = bucket.Server()
     os.environ.update(server.environment)
     yield server

@@ -1,11 +1,11 @@
 """What a run says of itself: lines to read, metrics on disk, results for the caller."""
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from etils import epath
 from rich.console import Console
 
 from esvit_jax.config import ConfigDict, RunNumbers
@@ -35,7 +35,7 @@ class RunLog:
 
     def __init__(
         self,
-        workdir: epath.Path,
+        workdir: str | os.PathLike[str],
         config: ConfigDict,
         numbers: RunNumbers,
         schedules: Mapping[str, Schedule],

@@ -96,7 +96,11 @@ class MetricWriter:
             return
         self._file.close()
         self._events.close()
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            if self._folder != self._workdir:
+                self._temporary.cleanup()
 
     def __enter__(self) -> "MetricWriter":
         return self
