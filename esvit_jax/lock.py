@@ -42,7 +42,7 @@ class Lock:
     """
 
     def __init__(self, workdir: os.PathLike[str], seconds: float, *, enabled: bool = True):
-        self._enabled, self._lost = enabled, False
+        self._enabled, self._lost, self._answered = enabled, False, True
         if not enabled:
             return
         workdir = epath.Path(workdir)
@@ -89,8 +89,10 @@ class Lock:
         if not self._enabled:
             return
         self._closed.set()
+        if not self._answered:  # the bucket is gone: the lock dies of age
+            return
         self._thread.join()
-        with suppress(Exception):  # the bucket is gone: the lock dies of age
+        with suppress(Exception):
             if self._is_ours():
                 self._path.unlink()
 
@@ -124,7 +126,9 @@ class Lock:
                 continue
 
     def _is_ours(self) -> bool:
+        self._answered = False
         found = _read(self._path)
+        self._answered = True
         return found is not None and found["owner"] == self._owner["owner"]
 
     def _content(self) -> bytes:

@@ -224,8 +224,9 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
 
 def before_saving(run: Run, log: RunLog) -> None:
     """What is due before a checkpoint, so that one that is whole has its metrics beside it."""
-    run.lock.check()
-    log.flush()
+    with buckets.waiting(run.workdir):
+        run.lock.check()
+        log.flush()
 
 
 def first_state(run: Run, log: RunLog) -> TrainState:

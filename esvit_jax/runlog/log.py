@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from esvit_jax import buckets
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.evaluate.result import Result
 from esvit_jax.optim import Schedule
@@ -119,4 +120,5 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self._progress.__exit__(*error)
-        self._writer.close()
+        gone = isinstance(error[1], Exception) and buckets.is_unreachable(error[1])
+        self._writer.close(flush=not gone)

@@ -91,13 +91,15 @@ class MetricWriter:
             for name in ("metrics.jsonl", *events):
                 (self._workdir / name).write_bytes((self._folder / name).read_bytes())
 
-    def close(self) -> None:
+    def close(self, *, flush: bool = True) -> None:
+        """Ends the files; with `flush` they are brought to a bucket once more."""
         if not self._enabled:
             return
         self._file.close()
         self._events.close()
         try:
-            self.flush()
+            if flush:
+                self.flush()
         finally:
             if self._folder != self._workdir:
                 self._temporary.cleanup()
