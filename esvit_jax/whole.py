@@ -22,7 +22,8 @@ def committed_steps(directory: epath.Path) -> list[int]:
     """The steps of the checkpoints in a folder that were written to their end, in order."""
     if not directory.exists():
         return []
-    return sorted(found.step for found in _NAMES.find_all(directory))
+    found = _NAMES.find_all(directory)
+    return sorted(x.step for x in found if ocp.utils.is_checkpoint_finalized(x.path))
 
 
 def uncommitted(directory: epath.Path, step: int) -> epath.Path:

@@ -4,7 +4,9 @@ import dataclasses
 import os
 from pathlib import Path
 
-from esvit_jax import checkpoint
+from etils import epath
+
+from esvit_jax import buckets, checkpoint
 from esvit_jax.config import ConfigDict, RunNumbers, differences
 from esvit_jax.errors import UserError
 
@@ -15,14 +17,15 @@ LENGTH = {"config.total_epochs", "config.total_steps", "total_steps"}
 DATA = {"num_images", "steps_per_epoch", "total_steps"}
 
 
-def usable_workdir(workdir: str | os.PathLike[str]) -> Path:
+def usable_workdir(workdir: str | os.PathLike[str]) -> epath.Path:
     """The folder that is meant; it may be missing, and is not made.
 
     Args:
-      workdir: a local path; ~ is the home directory.
+      workdir: a local path (~ is the home directory), or gs://bucket/run.
 
     Raises:
       UserError: no run can be kept there.
+      RunError: the bucket cannot be reached.
     """
     text = os.fspath(workdir)
 
@@ -33,8 +36,8 @@ def usable_workdir(workdir: str | os.PathLike[str]) -> Path:
         raise refusal("it is empty; give a folder, such as runs/first")
     if "\0" in text:
         raise refusal("no path has a NUL character")
-    if "://" in text:
-        raise refusal("it is remote; mount the bucket as a folder")
+    if buckets.is_remote(text):
+        return buckets.usable_folder(text)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     try:
         there = _existing_part(path)
@@ -49,7 +52,7 @@ def usable_workdir(workdir: str | os.PathLike[str]) -> Path:
     for item in (there, *(path / name for name in kept)):
         if item.exists() and not os.access(item, os.W_OK):
             raise refusal(f"{item} may not be written to; give another folder")
-    return path
+    return epath.Path(path)
 
 
 def _existing_part(path: Path) -> Path:
@@ -61,7 +64,7 @@ def _existing_part(path: Path) -> Path:
     return path
 
 
-def check_same_run(workdir: Path, config: ConfigDict, numbers: RunNumbers) -> None:
+def check_same_run(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> None:
     """Refuses to go on with a run of another model, data set or length.
 
     Raises:
@@ -114,7 +117,7 @@ def _advice(changes: list[str]) -> str:
     return f"Set it back to go on with this run, or take another workdir; {new_run}"
 
 
-def write_run_config(workdir: Path, config: ConfigDict, numbers: RunNumbers) -> None:
+def write_run_config(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> None:
     """Makes the folder and writes its config.json.
 
     Raises:

@@ -28,3 +28,23 @@ def _tiny_config():
     import tiny
 
     return tiny.tiny_config()
+
+
+@pytest.fixture(scope="session", name="server")
+def _server():
+    bucket = pytest.importorskip("bucket")
+    server = bucket.Server()
+    os.environ.update(server.environment)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(name="remote")
+def _remote(server, tmp_path):
+    """A folder in a bucket that nobody else uses."""
+    from etils import epath
+
+    from esvit_jax import buckets
+
+    buckets.make_ready()
+    return epath.Path("gs://bucket") / "/".join(tmp_path.parts[-2:])

@@ -283,6 +283,7 @@ FREE = {
     "backbone.attention",
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
+    "lock_seconds",
     "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
     "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
     "evaluate.size", "evaluate.crop", "evaluate.batch_size", "evaluate.k",

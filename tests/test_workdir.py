@@ -38,7 +38,9 @@ def test_a_relative_folder_is_below_the_current_one(monkeypatch, tmp_path):
 def test_no_name():
     assert refusal("") == refusal("  ") == "it is empty; give a folder, such as runs/first"
     assert refusal("a\0b") == "no path has a NUL character"
-    assert refusal("gs://bucket/run") == "it is remote; mount the bucket as a folder"
+    assert refusal("s3://bucket/run").startswith("of buckets only gs:// can be written to; mount")
+    for text in ("gs://", "gs://bucket", "gs://bucket/"):
+        assert refusal(text) == "it names no folder in a bucket; give gs://BUCKET/RUN"
 
 
 def test_a_file(tmp_path):

@@ -96,6 +96,34 @@ def test_torn_line_is_dropped(tmp_path, torn):
     assert [line["step"] for line in read_strict(path)] == [10, 20, 40]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 24 + b"\n", b'{"step": 5, "lo\xff\x80\n', b"5\n", b'{"loss": 1}\n', b"\n"]
+)
+def test_a_damaged_line_costs_only_itself(tmp_path, damage):
+    """As a disk leaves it that lost power: bytes of one line, and whole ones after it."""
+    path, said = tmp_path / "metrics.jsonl", []
+    lines = [b'{"step": %d, "loss": %d}\n' % (step, 2 * step) for step in range(1, 17)]
+    lines[4] = damage
+    path.write_bytes(b"".join(lines))
+    steps = [step for step in range(1, 17) if step != 5]
+    assert [line["step"] for line in read_metrics(path)] == steps
+    with MetricWriter(tmp_path, resume_step=14, report=said.append) as writer:
+        writer.write(15, {"loss": 30})
+    assert path.read_bytes() == b"".join(lines[:4] + lines[5:15])
+    assert said == ["damaged and left out: line 5 of metrics.jsonl; those around it are kept"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_many_damaged_lines_are_told_in_one_line(tmp_path):
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b'{"step": 1}\n' + b"?\n" * 12 + b'{"step": 2}\n{"step": 3}\n')
+    with MetricWriter(tmp_path, resume_step=2, report=said.append):
+        assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert len(said) == 1 and "line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, … of" in said[0]
+    with MetricWriter(tmp_path, resume_step=2, report=said.append):
+        assert len(said) == 1  # nothing is damaged any more
+
+
 def test_a_run_from_the_beginning_starts_empty(tmp_path):
     for loss in (1, 2):
         with MetricWriter(tmp_path) as writer:

@@ -4,12 +4,14 @@ Figures are made without pyplot, so that nothing global is touched and no displa
 matplotlib is imported where it is used: a training run draws only at its end.
 """
 
+import io
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int, UInt8
 
 from esvit_jax.errors import UserError
@@ -26,6 +28,7 @@ from esvit_jax.runlog.writer import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Colours that most colour-blind readers tell apart (Okabe & Ito 2008). Each means one thing in a
 # figure: losses and views have hues, what an evaluation measured has shades of green.
@@ -40,7 +43,7 @@ SMALL = {"fontsize": 8, "color": "0.35"}
 CLEAR_RISE, ENOUGH_POINTS = 0.2, 20
 
 
-def loss_figure(metrics_path: str | Path, out_path: str | Path) -> None:
+def loss_figure(metrics_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> None:
     """Draws the losses of a `metrics.jsonl` over the steps and, below, what evaluations measured.
 
     Plotted are `loss`, `view_loss` and `region_loss` (in nats; a gap where a step was not
@@ -53,7 +56,7 @@ def loss_figure(metrics_path: str | Path, out_path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    if not Path(metrics_path).is_file():
+    if not epath.Path(metrics_path).is_file():
         raise UserError(f"{metrics_path}: no such file; give the metrics.jsonl of a workdir")
     lines = read_metrics(metrics_path)
     losses = {name: _curve(lines, name) for name in LOSSES}
@@ -76,7 +79,7 @@ def loss_figure(metrics_path: str | Path, out_path: str | Path) -> None:
     for axes, results in zip(panels[1:], evaluations.values(), strict=True):
         _draw_evaluation(axes, results)
     panels[-1].set_xlabel("step")
-    figure.savefig(out_path, dpi=150)
+    _write(figure, out_path)
 
 
 class Curve(NamedTuple):
@@ -166,7 +169,7 @@ def views_figure(
     boxes: Int[np.ndarray, "n 4"],
     mean: Sequence[float],
     std: Sequence[float],
-    out_path: str | Path,
+    out_path: str | os.PathLike[str],
 ) -> None:
     """Draws one image with the boxes that its views show, and the views, each with its name.
 
@@ -204,7 +207,7 @@ def views_figure(
         cells = grid[1 + row].subgridspec(1, len(in_row), wspace=0.03)
         for column, name in enumerate(in_row):
             _show(figure.add_subplot(cells[column]), local_views[name], name, colors[name])
-    figure.savefig(out_path, dpi=150)
+    _write(figure, out_path)
 
 
 def _box_colors(num_local: int) -> list[str]:
@@ -221,6 +224,12 @@ def _draw_box(axes: "Axes", box: np.ndarray, color: str, name: str) -> None:
     rectangle = Rectangle((x - 0.5, y - 0.5), width, height, edgecolor=color, **style)
     rectangle.set_clip_on(False)  # half of a line at the edge of the image lies beside it
     axes.add_patch(rectangle)
+
+
+def _write(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
+    epath.Path(path).write_bytes(png.getvalue())
 
 
 def _finish(axes: "Axes", label: str) -> None:

@@ -1,10 +1,11 @@
 """What a run shows when it ends: a table for each evaluation, and figures."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -25,16 +26,16 @@ from esvit_jax.evaluate.result import (
 from esvit_jax.runlog.writer import read_metrics
 
 
-def summarize(config: ConfigDict, workdir: str | Path, console: Console) -> None:
+def summarize(config: ConfigDict, workdir: str | os.PathLike[str], console: Console) -> None:
     """Prints what a run has learned so far, draws its figures, and says where they are.
 
     A run that was stopped before it logged a loss is said to have none yet.
     """
-    metrics = Path(workdir) / "metrics.jsonl"
+    metrics = epath.Path(workdir) / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.exists() else []
     for table in tables(results_of_lines(lines)):
         console.print(table)
-    figures = Path(workdir) / "figures"
+    figures = epath.Path(workdir) / "figures"
     figures.mkdir(exist_ok=True)
 
     def say(line: str) -> None:
@@ -74,7 +75,7 @@ def _table(results: Sequence[Result]) -> Table:
     return table
 
 
-def draw_views(config: ConfigDict, path: Path) -> None:
+def draw_views(config: ConfigDict, path: str | os.PathLike[str]) -> None:
     """Draws the views of the first training image that can be read."""
     with renamed(
         name="config.data.name", split="config.data.train_split", data_dir="config.data.data_dir"

@@ -57,8 +57,10 @@ def run(arguments: Any) -> None:
     out = arguments.out or (os.path.join(arguments.workdir, "knn.json") if own else None)
 
     import jax
+    from etils import epath
     from rich.console import Console
 
+    from esvit_jax.buckets import reaching
     from esvit_jax.checkpoint import load_model
     from esvit_jax.evaluate.knn import knn_table
 
@@ -88,8 +90,8 @@ def run(arguments: Any) -> None:
     if not first:
         return
     if out:
-        with open(out, "w") as file:
-            file.write(json.dumps(report | values, indent=1) + "\n")
+        with reaching(out):
+            epath.Path(out).write_text(json.dumps(report | values, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(report | values))
     else:

@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from esvit_jax.analyze.summary import summarize
+    from esvit_jax.buckets import reaching, waiting
     from esvit_jax.loop import train
     from esvit_jax.runlog.signals import Interrupted
 
@@ -34,7 +35,8 @@ def main(argv: list[str]) -> None:
         with processes(arguments, "train"), renamed(workdir="--workdir"):
             result = train(config, arguments.workdir, strict=arguments.strict)
             if jax.process_index() == 0:
-                summarize(config, result.workdir, Console())
+                with reaching(result.workdir), waiting(result.workdir):
+                    summarize(config, result.workdir, Console())
     # Perhaps while compiling, which an ordinary exit waits for; or with files that it cannot flush.
     except (Interrupted, DiskFull) as error:
         print(f"esvit train: {error}", file=sys.stderr)

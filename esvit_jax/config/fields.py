@@ -81,6 +81,9 @@ FIELDS: dict[str, Field] = {
     "knn_baselines": Field(
         False, "before the first step, also k-NN untrained and on raw pixels", true_or_false(),
         free=True),
+    "lock_seconds": Field(
+        60.0, "without a sign of life, after which the run that has a workdir counts as dead",
+        number(1, 86_400), free=True),
     "max_bad_steps": Field(
         5, "losses in a row that are not finite (and skipped) that end a run", STEPS, free=True),
     "init_from": Field(

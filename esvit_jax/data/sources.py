@@ -18,6 +18,7 @@ from absl import logging
 from google.protobuf import json_format, message
 from tensorflow_datasets.core import constants, read_only_builder
 
+from esvit_jax import buckets
 from esvit_jax.data.folders import printable, read_folder
 from esvit_jax.errors import UserError
 
@@ -221,7 +222,14 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """
     if name.startswith("folder:"):
         return _open_folder(name, split)
-    return _open_tfds(name, split, _tfds_builder(name, data_dir))
+    place = name if buckets.is_remote(name) else data_dir or ""
+    if buckets.is_remote(place):
+        try:
+            buckets.make_ready()
+        except UserError as error:
+            raise _name_error(name, error.message) from error
+    with buckets.reaching(place), buckets.waiting(place):
+        return _open_tfds(name, split, _tfds_builder(name, data_dir))
 
 
 def _open_tfds(name: str, split: str, builder: _Builder) -> Source:

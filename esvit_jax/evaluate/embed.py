@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
+from esvit_jax import buckets
 from esvit_jax.checkpoint import LoadedModel, load_model
 from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source, open_source
@@ -118,7 +120,8 @@ def embed(
     Args:
       network: a workdir or a converted checkpoint, or what `load_model` made of it.
       data: as `config.data.name`, or an open source; None is what the run trained on.
-      out: .npz or .parquet file to make, or None to get the arrays. It appears when it is whole.
+      out: .npz or .parquet file to make, local or gs://, or None to get the arrays. It appears when
+        it is whole.
         After an interruption, the same call goes on where the last one was.
       split: as in TFDS; None is "train", or without `data` the run's training split.
       data_dir: where TFDS data sets lie; None is the run's `config.data.data_dir`.
@@ -144,7 +147,7 @@ def embed(
         )
     if out is not None and Path(out).suffix not in WRITERS:
         raise UserError(f"it must end in {' or '.join(WRITERS)}", argument="out", value=str(out))
-    if out is not None and os.path.exists(out):
+    if out is not None and _exists(out):
         raise UserError(
             "it exists already; remove it or take another name", argument="out", value=str(out)
         )
@@ -163,7 +166,15 @@ def embed(
     with signs_of_life(work.extractor.describe, console):
         if out is None:
             return _in_memory(work)
-        return _in_file(work, Path(out), console)
+        if not buckets.is_remote(out):
+            return _in_file(work, Path(out), console)
+        with renamed(workdir="out"), buckets.local_work(out) as file:
+            return _in_file(work, file, console)
+
+
+@buckets.reads_bucket
+def _exists(out: str | os.PathLike) -> bool:
+    return epath.Path(out).exists()
 
 
 def _open(

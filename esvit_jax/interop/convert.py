@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from esvit_jax import checkpoint
+from esvit_jax import buckets, checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.interop.files import Contents, naming, read_tensors, sort_contents
@@ -36,7 +36,7 @@ def convert(
     """Writes the networks of a PyTorch checkpoint as a directory of `checkpoint.load_model`.
 
     Args:
-      source: .pth (needs torch) or .safetensors file.
+      source: .pth (needs torch) or .safetensors file, local or gs://.
       directory: to be made; whole or not at all.
       key: the network that evaluation, exports and `config.init_from` use, "teacher" or "student".
       window_size: tokens along a side; resizes the bias tables to windows of this size; None keeps
@@ -58,11 +58,12 @@ def convert(
         if size is not None and not 1 <= size <= LARGEST_IMAGE:
             message = f"it must be from 1 to {LARGEST_IMAGE}"
             raise UserError(message, argument=name, value=size)
-    file = Path(os.path.expanduser(source))
-    with new_folder(directory) as folder:
+    with (
+        new_folder(directory) as folder, renamed(path="source"),
+        buckets.local_copy(source) as file,
+    ):  # fmt: skip
         report(f"reading {file}")
-        with renamed(path="source"):
-            tensors = read_tensors(file)
+        tensors = read_tensors(file)
         with naming(file, own=("key", "image_size")):
             contents = sort_contents(tensors)
             network = contents.network_name(key)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from esvit_jax import checkpoint
 from esvit_jax.errors import RunError, UserError
@@ -69,7 +70,7 @@ def export(
         report("comparing features computed from the files with the backbone's")
         errors = check_features(chosen, source, folder)
         usage = chosen.usage(source).replace("FOLDER", Path(os.path.abspath(directory)).name)
-        card = model_card(source, Path(workdir), errors, usage)
+        card = model_card(source, epath.Path(workdir), errors, usage)
         (folder / "model_card.md").write_text(card)
     return errors
 
@@ -129,7 +130,9 @@ were written from (relative error):
 """
 
 
-def model_card(source: Exportable, workdir: Path, errors: dict[str, float], usage: str) -> str:
+def model_card(
+    source: Exportable, workdir: epath.Path, errors: dict[str, float], usage: str
+) -> str:
     """What somebody who finds the folder needs to know, in Markdown.
 
     Args:
@@ -174,7 +177,7 @@ def describe_training(source: Exportable) -> str:
     return words
 
 
-def describe_knn(source: Exportable, workdir: Path) -> str:
+def describe_knn(source: Exportable, workdir: epath.Path) -> str:
     """The last k-NN accuracies that the run logged up to its checkpoint; they are the teacher's."""
     path = workdir / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() and source.key == "teacher" else []

@@ -1,13 +1,14 @@
 """What a run says of itself: lines to read, metrics on disk, results for the caller."""
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from esvit_jax import buckets
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.evaluate.result import Result
 from esvit_jax.optim import Schedule
@@ -35,7 +36,7 @@ class RunLog:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | os.PathLike[str],
         config: ConfigDict,
         numbers: RunNumbers,
         schedules: Mapping[str, Schedule],
@@ -46,7 +47,10 @@ class RunLog:
         self._config, self._numbers, self._schedules = config, numbers, schedules
         self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
         self._writer = MetricWriter(
-            workdir, resume_step=resume_step, enabled=jax.process_index() == 0
+            workdir,
+            resume_step=resume_step,
+            enabled=jax.process_index() == 0,
+            report=self.say,
         )
         self._shown_warnings: set[str] = set()
         self._timed_from = resume_step or 0  # steps done when the clock last started
@@ -94,6 +98,10 @@ class RunLog:
         self._warn(done, numbers)
         self.scalars = numbers
 
+    def flush(self) -> None:
+        """Brings what was written to a workdir that is in a bucket."""
+        self._writer.flush()
+
     def _warn(self, done: int, scalars: Mapping[str, Any]) -> None:
         if done <= self._numbers.warmup_steps:
             return
@@ -112,4 +120,5 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         self._progress.__exit__(*error)
-        self._writer.close()
+        gone = isinstance(error[1], Exception) and buckets.is_unreachable(error[1])
+        self._writer.close(flush=not gone)
