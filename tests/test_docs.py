@@ -11,7 +11,7 @@ from esvit_jax.__main__ import COMMANDS
 from esvit_jax.config import default_config, flatten
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")])
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
