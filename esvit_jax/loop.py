@@ -192,9 +192,11 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     size = preflight.measure_size(config, numbers, recipe)
-    for line in preflight.describe(config, numbers, size):
+    disk = preflight.measure_disk(config, numbers, size, path)
+    for line in preflight.describe(config, numbers, size, disk):
         say(line)
     preflight.check_memory(config, size)
+    preflight.check_disk(config, disk)
     if jax.process_index() == 0:
         write_run_config(path, config, numbers)
     checkpoints = checkpoint.Checkpoints(
