@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from esvit_jax import checkpoint, parallel, preflight
+from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
@@ -96,14 +97,14 @@ def train(
                 evaluate_baselines(run, state, log)
             step = parallel.on_all_devices(run.recipe.step, config.parallel, donate=True)
             spread = jax.jit(feature_spread)
-            with log.busy("reading the first images"):
+            with log.busy("reading the first images", "data"):
                 first_batch = next(batches)
             if start < total_steps:
                 compiled(step, state, device_batch(first_batch), what="the step", log=log)
 
         # 2. The loop. Steps are dispatched ahead of the devices; at most two wait there.
         for i in range(start, total_steps):
-            with log.clock.waiting_for_data():
+            with log.clock.waiting_for_data(), log.account.spent_on("data"):
                 batch = first_batch if i == start else next(batches)
             state, scalars, features = step(state, device_batch(batch))
             in_flight.append(TriedStep(i, scalars, batch))
@@ -117,10 +118,11 @@ def train(
                 log.log(done, scalars | spread(features))
             for evaluator in run.evaluators:
                 if evaluator.due(done):
-                    with log.busy(f"evaluating at step {done}"):
+                    with log.busy(f"evaluating at step {done}", "evaluation"):
                         result = evaluator(state.teacher, done)
                     log.record(result, done)
-            checkpoints.save(done, state, force=done == total_steps or signals.received)
+            with log.account.spent_on("checkpoint"):
+                checkpoints.save(done, state, force=done == total_steps or signals.received)
             if signals.received:
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
@@ -139,6 +141,7 @@ class Run(NamedTuple):
     recipe: Recipe
     evaluators: list[Evaluator]
     checkpoints: checkpoint.Checkpoints
+    size: preflight.Size
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """The host's batches from a step on, without end."""
@@ -157,6 +160,7 @@ class Run(NamedTuple):
 
     def log(self, console: Console) -> RunLog:
         """Where the run says what it does; its metrics begin anew or go on as its steps do."""
+        peak = peak_flops(jax.local_devices()[0].device_kind, self.config.dtype)
         return RunLog(
             self.workdir,
             self.config,
@@ -164,6 +168,7 @@ class Run(NamedTuple):
             self.recipe.schedules,
             resume_step=self.checkpoints.latest_step(),
             console=console,
+            seconds_at_peak=peak and self.size.step_operations / peak,
         )
 
 
@@ -209,7 +214,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
     say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")
     if step == numbers.total_steps:
         say("it has taken all its steps; there is nothing left to train")
-    return Run(config, path, source, numbers, recipe, online, checkpoints)
+    return Run(config, path, source, numbers, recipe, online, checkpoints, size)
 
 
 def first_state(run: Run, log: RunLog) -> TrainState:
@@ -225,7 +230,7 @@ def first_state(run: Run, log: RunLog) -> TrainState:
         log.say(loaded)
     state = create(params)
     if not new:
-        with log.busy("reading the checkpoint"):
+        with log.busy("reading the checkpoint", "checkpoint"):
             state = run.checkpoints.restore(state)
     return parallel.replicate(state, config.parallel)
 
@@ -233,7 +238,7 @@ def first_state(run: Run, log: RunLog) -> TrainState:
 def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
-        with log.busy("evaluating what to compare with"):
+        with log.busy("evaluating what to compare with", "evaluation"):
             results = [*evaluator.baselines(), evaluator(state.teacher, 0)]
         for result in results:
             log.record(result, 0)
@@ -244,9 +249,9 @@ def compiled(function: Any, *arguments: Any, what: str, log: RunLog) -> Any:
 
     jax keeps the program, so that the function's next call with such arguments starts at once.
     """
-    with log.busy(f"tracing {what}"):
+    with log.busy(f"tracing {what}", "compile"):
         lowered = function.lower(*arguments)
-    with log.busy(f"compiling {what}"):
+    with log.busy(f"compiling {what}", "compile"):
         in_thread(lowered.compile)
     return function
 
