@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from esvit_jax import checkpoint, parallel, preflight
+from esvit_jax import checkpoint, parallel, preflight, programs
 from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
@@ -25,6 +25,7 @@ from esvit_jax.interop.initialize import init_from
 from esvit_jax.recipe import Recipe, build
 from esvit_jax.runlog.collapse import effective_rank, feature_std
 from esvit_jax.runlog.log import RunLog
+from esvit_jax.runlog.profile import StepProfiler
 from esvit_jax.runlog.signals import StopSignals, in_thread
 from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
@@ -88,7 +89,8 @@ def train(
     in_flight: collections.deque[TriedStep] = collections.deque()
     with (
         closing(checkpoints), closing(batches), run.log(console) as log, StopSignals() as signals,
-        renamed(**LOADER_FIELDS),
+        renamed(**LOADER_FIELDS), programs.kept_in(run.cache),
+        StepProfiler(run.workdir, config.profile_steps) as profiler,
     ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
         with signals.raising(f"nothing was trained after step {start}; start it again"):
@@ -106,12 +108,14 @@ def train(
         for i in range(start, total_steps):
             with log.clock.waiting_for_data(), log.account.spent_on("data"):
                 batch = first_batch if i == start else next(batches)
+            profiler.before(i + 1)
             state, scalars, features = step(state, device_batch(batch))
             in_flight.append(TriedStep(i, scalars, batch))
             if len(in_flight) > 2:
                 stop_if_bad(run, state, in_flight.popleft(), log.say)
             done = i + 1
             log.advance(done)
+            profiler.after(done, scalars)
             if i == start:
                 log.first_step(done, scalars)
             if log.due(done):
@@ -142,6 +146,11 @@ class Run(NamedTuple):
     evaluators: list[Evaluator]
     checkpoints: checkpoint.Checkpoints
     size: preflight.Size
+
+    @property
+    def cache(self) -> str | None:
+        """Where compiled programs are kept."""
+        return str(self.workdir / "cache") if self.config.compilation_cache else None
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """The host's batches from a step on, without end."""
