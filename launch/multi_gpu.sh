@@ -3,7 +3,7 @@
 #
 #   launch/multi_gpu.sh [--dry-run] --config=esvit_swin --workdir=runs/swin …
 #
-# Start it again with the same arguments and it goes on.
+# It checks the machine first. Start it again with the same arguments and it goes on.
 set -euo pipefail
 
 # Settings, which the environment may change.
@@ -20,10 +20,14 @@ settings=(XLA_PYTHON_CLIENT_MEM_FRACTION="$MEMORY")
 if [[ $GPUS != all ]]; then
     settings+=(CUDA_VISIBLE_DEVICES="$GPUS")
 fi
-train=(env "${settings[@]}" "$PYTHON" -m esvit_jax train "$@")
-if $dry_run; then
-    printf '%q ' "${train[@]}"
-    echo
-else
-    exec "${train[@]}" # signals reach it
-fi
+for command in doctor train; do
+    line=(env "${settings[@]}" "$PYTHON" -m esvit_jax "$command" "$@")
+    if $dry_run; then
+        printf '%q ' "${line[@]}"
+        echo
+    elif [[ $command == doctor ]]; then
+        "${line[@]}"
+    else
+        exec "${line[@]}" # signals reach it
+    fi
+done

@@ -44,7 +44,9 @@ def test_commands_exist():
     assert sorted(named - set(COMMANDS)) == []
 
 
-@pytest.mark.parametrize("command", ["train", "knn", "embed", "convert", "export", "bench", "plan"])
+@pytest.mark.parametrize(
+    "command", ["train", "knn", "embed", "convert", "export", "bench", "plan", "doctor"]
+)
 def test_flags_exist(command: str):
     lines = [
         line for line in code_of(TEXT) if re.match(rf"(esvit|GLIBC\S+ esvit) {command}\b", line)

@@ -142,7 +142,10 @@ def test_dry_runs_do_nothing(cloud):
     assert [line.split()[4] for line in lines[2:]] == ["scp", "ssh", "ssh", "ssh"]
     run = launch(LAUNCH / "multi_gpu.sh", "--dry-run", "--workdir=a b", folder=cloud, GPUS="0,1")
     environment = "env XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 CUDA_VISIBLE_DEVICES=0\\,1 "
-    assert run.stdout.splitlines() == [environment + "python3 -m esvit_jax train --workdir=a\\ b "]
+    assert run.stdout.splitlines() == [
+        environment + f"python3 -m esvit_jax {name} --workdir=a\\ b "
+        for name in ("doctor", "train")
+    ]
     run = launch(SLURM, "--dry-run", "--workdir=a b", folder=cloud, PYTHON="python")
     assert run.stdout == (
         "srun --kill-on-bad-exit=1 python -m esvit_jax train --distributed --workdir=a\\ b \n"
