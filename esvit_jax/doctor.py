@@ -272,7 +272,10 @@ def clocks(workdir: str | None) -> tuple[bool, str, dict[str, Any]]:
     halves = np.array([int(now) % 10**6, int(now % 1 * 10**6)], np.int32)
     times = np.asarray(multihost_utils.process_allgather(halves)).reshape(-1, 2) @ [1, 1e-6]
     skew = {"processes": float(np.ptp(times))}
-    if workdir is not None and (root := folder_of(workdir)).exists():
+    if workdir is not None:
+        root = folder_of(workdir)
+        if "://" not in workdir:  # what of it is there
+            root = next(path for path in (root, *root.parents) if path.exists())
         file = root / f".doctor-{jax.process_index()}"
         try:
             before = time.time()

@@ -1,12 +1,16 @@
 """`esvit doctor`: what it measures, what it calls bad, what it leaves behind."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILE
 
 from esvit_jax import __main__ as command_line
 from esvit_jax import doctor, parallel, preflight
@@ -79,7 +83,7 @@ def test_a_checkpoint_that_comes_back_otherwise_is_bad(tmp_path, monkeypatch):
 
 
 def test_clocks(tmp_path, monkeypatch):
-    ok, text, values = doctor.clocks(str(tmp_path))
+    ok, text, values = doctor.clocks(str(tmp_path / "not" / "yet"))
     assert ok and set(values) == {"processes", "workdir"}
     assert list(tmp_path.iterdir()) == []
     ahead = time.time() + 30
@@ -164,3 +168,44 @@ def test_all_checks_are_made(tiny_config, monkeypatch, tmp_path):
         monkeypatch.setattr(doctor, name, lambda *_, name=name: (True, name, {}))
     assert [x.text for x in doctor.examine(str(tmp_path), tiny_config)] == list(names)
     assert [x.text for x in doctor.examine()] == ["versions", "devices", "all_reduce", "clocks"]
+
+
+PROCESS = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import tiny
+from esvit_jax import doctor
+doctor.READING = 0.5
+for finding in doctor.examine(sys.argv[3], tiny.tiny_config()):
+    print(finding.check, finding.ok, finding.text, sep="|", flush=True)
+"""
+
+
+def test_two_processes(tmp_path):
+    """With two devices each, on loopback."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=2"
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i), tmp_path / "run"],
+            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        findings = [line.split("|") for line in out.splitlines() if line.count("|") == 2]
+        assert [name for name, ok, _ in findings if ok != "True"] == [], findings
+        texts = {name: text for name, _, text in findings}
+        assert len(texts) == 7
+        assert texts["devices"].startswith("4 × cpu of ")
+        assert texts["devices"].endswith(", in 2 processes")
+        assert texts["all-reduce"].startswith("4 devices add up, ")
+        assert texts["data"].endswith(" in each process")
+    assert list(tmp_path.iterdir()) == []
