@@ -79,8 +79,8 @@ create() {
 install() {
     local archive tree
     archive=$(mktemp -d)/esvit_jax.tar.gz
-    # Tracked files as they are now, committed or not; no .venv, no runs.
-    tree=$(git -C "$root" stash create)
+    # Tracked files as they are now, committed or not; no .venv, no runs. Nothing is stashed.
+    tree=$(git -C "$root" -c user.name=esvit -c user.email=esvit stash create)
     run git -C "$root" archive --output="$archive" "${tree:-HEAD}"
     run "${tpus[@]}" tpu-vm scp "$archive" "$NAME:esvit_jax.tar.gz" --zone="$ZONE" --worker=all
     rm -rf "$(dirname "$archive")"
@@ -97,8 +97,10 @@ python3 -m uv pip install --quiet --python=esvit_venv/bin/python './esvit_jax[$E
 # The training is a script on each host, so that its arguments are quoted once for it and once for
 # the way there. It writes its exit status when it ends.
 start() {
-    local arguments script
-    printf -v arguments ' %q' "$@"
+    local arguments='' script
+    if (($#)); then
+        printf -v arguments ' %q' "$@"
+    fi
     script="esvit_venv/bin/esvit train --distributed$arguments >>train.log 2>&1
 echo \$? >train.status"
     remote all "if ! tmux has-session -t esvit 2>/dev/null; then

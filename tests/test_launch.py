@@ -116,7 +116,7 @@ def test_what_is_there_is_not_done_again(cloud):
     tool(cloud, "tmux", "exit 0")  # a training runs
     for command in ("install", "start"):
         assert launch(TPU_VM, command, folder=cloud).returncode == 0
-    assert (cloud / "trained").read_text().count("train") == 2
+    assert (cloud / "trained").read_text() == "train\0--distributed\0" * 2
     for _ in range(2):
         assert launch(TPU_VM, "delete", folder=cloud).returncode == 0
     assert (cloud / "calls").read_text().count("queued-resources delete") == 1
