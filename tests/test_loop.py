@@ -22,6 +22,7 @@ from esvit_jax import checkpoint, loop, parallel, preflight, recipe, steps
 from esvit_jax.config import resolve
 from esvit_jax.data.augment import augment
 from esvit_jax.errors import RUN_ERROR, RunError, UserError
+from esvit_jax.planning.estimate import StepCost
 from esvit_jax.runlog.log import RunLog
 from esvit_jax.runlog.writer import read_metrics
 from esvit_jax.state import create_state, init_params
@@ -152,7 +153,7 @@ def test_what_cannot_work_leaves_nothing_behind(tiny_config, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"missing is no workdir"):
         loop.train(tiny_config, workdir, console=QUIET)
     tiny_config.init_from = ""
-    monkeypatch.setattr(preflight, "step_bytes", lambda recipe, state, batch: 2**60)
+    monkeypatch.setattr(preflight, "step_cost", lambda *_: StepCost(2**60, 1))
     with pytest.raises(UserError, match=r"config\.batch_size = 8: a step needs about"):
         loop.train(tiny_config, workdir, console=QUIET)
     assert list(tmp_path.iterdir()) == []
@@ -164,7 +165,7 @@ class SilentLog(RunLog):
     def __init__(self):
         pass
 
-    def busy(self, what):
+    def busy(self, what, spent_on=None):
         return contextlib.nullcontext()
 
 

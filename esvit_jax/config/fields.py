@@ -22,6 +22,7 @@ from esvit_jax.config.rules import (
     three_numbers,
     true_or_false,
     whole,
+    whole_interval,
     whole_numbers,
 )
 from esvit_jax.errors import UserError
@@ -86,6 +87,12 @@ FIELDS: dict[str, Field] = {
         number(1, 86_400), free=True),
     "max_bad_steps": Field(
         5, "losses in a row that are not finite (and skipped) that end a run", STEPS, free=True),
+    "compilation_cache": Field(
+        True, "keep compiled programs in the workdir, for the next start (where "
+        "JAX_COMPILATION_CACHE_DIR is set, they are kept there)", true_or_false(), free=True),
+    "profile_steps": Field(
+        None, "the first and the last step that are traced into the workdir",
+        optional(whole_interval(1, MAX_STEPS)), free=True),
     "init_from": Field(
         "", "workdir or converted checkpoint to start from; empty means random", text(), free=True),
     "init_parts": Field("all", "what is taken from it", one_of("all", "backbone"), free=True),

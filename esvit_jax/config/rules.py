@@ -123,6 +123,19 @@ def interval(low: Number, high: Number, *, without: Number | None = None) -> Rul
     return Rule(tuple, f"two numbers, rising, {_between(low, high, without)}", holds)
 
 
+def whole_interval(low: int, high: int) -> Rule:
+    """Two whole numbers within both ends, the second not less than the first."""
+    both = whole_numbers(low, high)
+
+    def holds(value: object) -> bool:
+        return (
+            isinstance(value, tuple) and both.holds(value) and list(value) == sorted(value)
+            and len(value) == 2
+        )  # fmt: skip
+
+    return Rule(tuple, f"two whole numbers, rising, from {low:,} to {high:,}", holds)
+
+
 def _between(low: Number, high: Number, without: Number | None) -> str:
     return f"from {low:,} to {high:,}" + ("" if without is None else f", but not {without:,}")
 

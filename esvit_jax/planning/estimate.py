@@ -9,7 +9,7 @@ from esvit_jax.planning.chips import Chip
 from esvit_jax.recipe import Recipe
 from esvit_jax.state import TrainState
 
-# Temporaries of a compiled step over those of the traced one, by which `step_bytes` multiplies:
+# Temporaries of a compiled step over those of the traced one, by which `step_cost` multiplies:
 # 1.42 for Swin-T with 2 images, 1.22 for a network of four blocks with 4 images and with 16.
 COMPILED_OVER_TRACED = 1.3
 
@@ -80,10 +80,22 @@ def expected(
     return Expected(cycles, seconds, batch_size / seconds, hours, share)
 
 
-def step_bytes(
+class StepCost(NamedTuple):
+    """What one step takes of one device.
+
+    Attributes:
+      bytes: of state, batch and temporaries, an estimate.
+      operations: of its matrix products, a multiply-add being two.
+    """
+
+    bytes: int
+    operations: int
+
+
+def step_cost(
     recipe: Recipe, state_shapes: TrainState, batch_shapes: dict[str, jax.ShapeDtypeStruct]
-) -> int:
-    """Estimates what one device holds during a step, by tracing it; nothing is compiled.
+) -> StepCost:
+    """Estimates what a step takes of one device, by tracing it; nothing is compiled.
 
     Against what XLA says of its own CPU programs in float32 (jax 0.10), temporaries are estimated
     between 9 % below (Swin-T, 2 images) and 7 % above (four blocks). A TPU pads arrays, and takes
@@ -93,9 +105,6 @@ def step_bytes(
       recipe: of the run.
       state_shapes: of the state; the step writes the new one over the old one.
       batch_shapes: of this device's share: "canvas" [b, s, s, 3] and "size" [b, 2].
-
-    Returns:
-      Bytes of state, batch and temporaries.
     """
     jaxpr = flops.trace(recipe.step, state_shapes, batch_shapes, devices=1)
     held = liveness.peak_bytes(
@@ -106,4 +115,5 @@ def step_bytes(
     arguments = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves((state_shapes, batch_shapes))
     )
-    return arguments + round(COMPILED_OVER_TRACED * held)
+    total = arguments + round(COMPILED_OVER_TRACED * held)
+    return StepCost(total, flops.matmul_flops(jaxpr))

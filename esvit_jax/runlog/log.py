@@ -1,21 +1,22 @@
 """What a run says of itself: lines to read, metrics on disk, results for the caller."""
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 
 from esvit_jax import buckets
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.evaluate.result import Result
 from esvit_jax.optim import Schedule
-from esvit_jax.runlog.clock import StepClock
+from esvit_jax.runlog.clock import StepClock, TimeAccount, carried_over, spent
 from esvit_jax.runlog.collapse import collapse_warning
 from esvit_jax.runlog.progress import Progress
-from esvit_jax.runlog.writer import MetricWriter
+from esvit_jax.runlog.writer import MetricWriter, read_metrics
 
 
 class RunLog:
@@ -27,11 +28,14 @@ class RunLog:
       schedules: functions of the step, logged beside the scalars of training.
       resume_step: steps done before; None for a new run.
       console: to print to; a quiet one on processes other than 0.
+      seconds_at_peak: that a step would take if the devices did its products at their peak; None
+        where nobody knows it.
 
     Attributes:
       scalars: the last ones logged.
       results: of all evaluations, in order.
       clock: to be told when the loop waits for data.
+      account: of what the run spends its time on.
     """
 
     def __init__(
@@ -43,9 +47,13 @@ class RunLog:
         *,
         resume_step: int | None,
         console: Console,
+        seconds_at_peak: float | None = None,
     ):
         self._config, self._numbers, self._schedules = config, numbers, schedules
         self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
+        self._seconds_at_peak = seconds_at_peak
+        metrics = epath.Path(workdir) / "metrics.jsonl"
+        earlier = read_metrics(metrics) if metrics.exists() else []
         self._writer = MetricWriter(
             workdir,
             resume_step=resume_step,
@@ -54,17 +62,28 @@ class RunLog:
         )
         self._shown_warnings: set[str] = set()
         self._timed_from = resume_step or 0  # steps done when the clock last started
+        self._done = self._first = resume_step or 0
         self.scalars: dict[str, float] = {}
         self.results: list[Result] = []
         self.clock = StepClock()
+        self._earlier = carried_over(earlier, resume_step)
+        self.account = TimeAccount(self._earlier)
 
     def say(self, message: str) -> None:
         """Prints a message."""
         self._progress.print(message)
 
-    def busy(self, what: str) -> AbstractContextManager[None]:
-        """Says, while a block runs, what it does and for how long."""
-        return self._progress.busy(what)
+    @contextmanager
+    def busy(self, what: str, spent_on: str | None = None) -> Iterator[None]:
+        """Says, while a block runs, what it does and for how long.
+
+        Args:
+          what: it does, in words.
+          spent_on: one of `clock.SPENT_ON`; None is what time is spent on already.
+        """
+        outer = self.account.spent_on(spent_on) if spent_on else nullcontext()
+        with outer, self._progress.busy(what):
+            yield
 
     def record(self, result: Result, step: int) -> None:
         """Writes and prints what an evaluation measured; its time is not training's."""
@@ -77,9 +96,11 @@ class RunLog:
         """Shows the first step of this start, whose time is mostly not a step's."""
         self._progress.first(done, float(scalars["loss"]))
         self._restart_clock(done)
+        self.account.switch("step")
 
     def advance(self, done: int) -> None:
         """Moves the live line."""
+        self._done = done
         self._progress.advance(done)
 
     def due(self, done: int) -> bool:
@@ -92,7 +113,10 @@ class RunLog:
         numbers |= {name: float(value(done - 1)) for name, value in self._schedules.items()}
         if done > self._timed_from:
             numbers |= self.clock.report((done - self._timed_from) * self._config.batch_size)
+            if self._seconds_at_peak:
+                numbers["mfu"] = self._seconds_at_peak / numbers["seconds_per_step"]
             self._progress.update(done, numbers)
+        numbers |= self.account.report()
         self._timed_from = done
         self._writer.write(done, numbers)
         self._warn(done, numbers)
@@ -116,9 +140,22 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
+        if seconds := self._earlier.get("compile"):
+            self.say(f"compiling took {seconds:.0f} s before; what is kept of it takes less now")
         return self
 
+    def _sum_up(self) -> None:
+        """Writes and says what all starts of the run spent their time on."""
+        report = self.account.report()
+        self._writer.write(self._done, report)
+        seconds = sum(x for name, x in report.items() if name.startswith("spent_"))
+        pace = f"{self._done * self._config.batch_size / seconds:.1f} img/s over all"
+        mfu = f"; MFU {100 * self.scalars['mfu']:.1f} %" if "mfu" in self.scalars else ""
+        self.say(f"{self._done:,} steps {spent(report)}; {pace}{mfu}")
+
     def __exit__(self, *error: object) -> None:
+        if error[0] is None and self._done > self._first:
+            self._sum_up()
         self._progress.__exit__(*error)
         gone = isinstance(error[1], Exception) and buckets.is_unreachable(error[1])
         self._writer.close(flush=not gone)
