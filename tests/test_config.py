@@ -56,7 +56,7 @@ def test_a_section_stands_together():
 def test_default_config_is_that_of_0_1_0():
     """But for fields that are new, which an old config leaves at their defaults."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
-    new = {"backbone.attention": None}
+    new = {"backbone.attention": None, "lock_seconds": 60.0}
     assert flatten(default_config()) == old | new
     assert [n for n in flatten(default_config()) if n not in new] == list(old)  # in their order
     loaded = unflatten(old)
@@ -79,7 +79,8 @@ ONE_OF = {
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-    "checkpoint_keep", "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
+    "checkpoint_keep", "lock_seconds",
+    "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
     "data.num_threads", "views.global_size", "views.local_size", "total_steps",
     "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
     "backbone.window_size", "backbone.patch_size", "backbone.image_size",
