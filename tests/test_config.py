@@ -54,13 +54,17 @@ def test_a_section_stands_together():
 
 
 def test_default_config_is_that_of_0_1_0():
-    """But for fields that are new, which an old config leaves at their defaults."""
+    """But for fields that are new, which an old config leaves at their defaults, and for one."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
-    new = {"backbone.attention": None, "compilation_cache": True, "profile_steps": None}
-    assert flatten(default_config()) == old | new
+    new = {
+        "backbone.attention": None, "compilation_cache": True, "lock_seconds": 60.0,
+        "profile_steps": None,
+    }  # fmt: skip
+    faster = {"loss.prototype_chunk": 4096}
+    assert flatten(default_config()) == old | new | faster
     assert [n for n in flatten(default_config()) if n not in new] == list(old)  # in their order
     loaded = unflatten(old)
-    assert loaded == default_config() and differences(loaded, default_config()) == []
+    assert flatten(loaded) == old | new and differences(loaded, default_config()) == []
     assert old["total_epochs"] == 300 and type(loaded.total_epochs) is float
 
 
@@ -79,7 +83,8 @@ ONE_OF = {
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-    "checkpoint_keep", "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
+    "checkpoint_keep", "lock_seconds",
+    "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
     "data.num_threads", "views.global_size", "views.local_size", "total_steps",
     "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
     "backbone.window_size", "backbone.patch_size", "backbone.image_size",
