@@ -20,7 +20,6 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Wrapped
-from jax.tree_util import PyTreeDef
 from jaxtyping import Array, PyTree
 from orbax.checkpoint.utils import fully_replicated_host_local_array_to_global_array
 
@@ -130,14 +129,16 @@ class _OnShards:
 
         self._jitted = jax.jit(on_whole, donate_argnums=donated)
 
-    def _constrained(self, results: PyTree, state: PyTreeDef) -> PyTree:
+    def _constrained(self, results: Any, state: Any) -> Any:
         """What is built like the state is spread like it, all else is everywhere."""
         everywhere = NamedSharding(self._mesh, PartitionSpec())
 
         def place(result: PyTree) -> PyTree:
             is_state = jax.tree.structure(result) == state
-            place_one = lambda x: shard_sharding(x.shape, self._mesh) if is_state else everywhere  # noqa: E731
-            return jax.lax.with_sharding_constraint(result, jax.tree.map(place_one, result))
+            shardings = jax.tree.map(
+                lambda x: shard_sharding(x.shape, self._mesh) if is_state else everywhere, result
+            )
+            return jax.lax.with_sharding_constraint(result, shardings)
 
         return tuple(map(place, results)) if isinstance(results, tuple) else place(results)
 
@@ -166,10 +167,10 @@ def shard_sharding(shape: tuple[int, ...], mesh: Mesh | None = None) -> NamedSha
     """How "fsdp" spreads an array: along its longest axis that the devices divide, if any."""
     mesh = mesh or _mesh()
     axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
-    spec = [None] * len(shape)
-    if axes:
-        spec[max(axes, key=lambda axis: shape[axis])] = AXIS
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    longest = max(axes, key=lambda axis: shape[axis], default=None)
+    return NamedSharding(
+        mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(len(shape))))
+    )
 
 
 def _mesh(devices: Sequence[object] | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """What is known of a run before anything is compiled: its size, and whether memory and disk do."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,9 @@ class Disk(NamedTuple):
     free: int | None
 
 
-def measure_disk(config: ConfigDict, numbers: RunNumbers, size: Size, workdir: str | Path) -> Disk:
+def measure_disk(
+    config: ConfigDict, numbers: RunNumbers, size: Size, workdir: str | os.PathLike[str]
+) -> Disk:
     """Looks at what is in the workdir, and at what its disk has left."""
     for_good = config.checkpoint_keep_every_steps
     kept_for_good = numbers.total_steps // for_good if for_good else 0

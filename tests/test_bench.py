@@ -233,6 +233,7 @@ def test_a_part_of_the_rest_on_a_tpu(monkeypatch):
     for name, value in topology.environment().items():
         monkeypatch.setenv(name, value)
     part = rest.parts(prototype_chunk=4096)[0]
+    assert topology.chip
     cost = rest.part_cost(part, topology.chip, topology.devices()[0])
     rows = part.arguments[1].shape[0]
     assert cost.bytes_accessed > 2 * rows * (96 + 288)  # x and the gradient are read

@@ -1,6 +1,5 @@
 """Building blocks shared by the backbones."""
 
-import functools
 import math
 from typing import Any
 
@@ -82,8 +81,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows features"]:
         kernel = self.param("kernel", LINEAR_INIT, (x.shape[-1], self.features))
-        rows = rearrange(x.astype(self.dtype), "... d -> (...) d")
-        rows = product(rows, kernel.astype(self.dtype))
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        rows = product(rows, jnp.asarray(kernel, self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             rows = add_bias(rows, bias, self.dtype)
@@ -97,7 +96,6 @@ def product(
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(
     rows: Float[Array, "rows d"], bias: Float[Array, " d"], dtype: DTypeLike
 ) -> Float[Array, "rows d"]:
@@ -106,11 +104,15 @@ def add_bias(
     The bias's gradient, a sum over rows, is a product with rows of ones: for a sum of bfloat16 a
     TPU's compiler plans thirty times as long.
     """
+    return _add_bias(rows, bias, dtype)
+
+
+def _add_bias_value(rows: Array, bias: Array, dtype: DTypeLike) -> Array:
     return (rows + bias).astype(dtype)
 
 
 def _add_bias_forward(rows: Array, bias: Array, dtype: DTypeLike) -> tuple[Array, None]:
-    return add_bias(rows, bias, dtype), None
+    return _add_bias_value(rows, bias, dtype), None
 
 
 def _add_bias_backward(dtype: DTypeLike, _: None, gradient: Array) -> tuple[Array, Array]:
@@ -119,7 +121,8 @@ def _add_bias_backward(dtype: DTypeLike, _: None, gradient: Array) -> tuple[Arra
     return gradient.astype(jnp.float32), total[0]
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_add_bias = jax.custom_vjp(_add_bias_value, nondiff_argnums=(2,))
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp

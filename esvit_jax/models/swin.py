@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -101,7 +102,7 @@ class PatchMerging(nn.Module):
         x -= square_means(jnp.mean(x, axis=-1))[..., None]
         x *= jax.lax.rsqrt(square_means(jnp.mean(x * x, axis=-1)) + 1e-6)[..., None]
         # The published order of the four neighbours: down before right.
-        quarters = jnp.multiply(scale[:, None], kernel).reshape(4, dim, 2 * dim)
+        quarters = jnp.multiply(jnp.expand_dims(scale, 1), kernel).reshape(4, dim, 2 * dim)
         x, quarters = x.astype(self.dtype), quarters.astype(self.dtype)
         parts = (x[:, i % 2 :: 2, i // 2 :: 2].reshape(-1, dim) for i in range(4))
         products = (product(part, q) for part, q in zip(parts, quarters, strict=True))
