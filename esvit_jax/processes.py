@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ _meetings = itertools.count()  # a key and a barrier are for one use
 GONE = re.compile("gloo|nccl|connection|peer|unavailable|heartbeat|coordination", re.IGNORECASE)
 
 
-def facts(workdir: Path, config: ConfigDict, numbers: RunNumbers) -> dict[str, Any]:
+def facts(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> dict[str, Any]:
     """What all processes of a run must hold alike, by names that a user knows.
 
     Where data lie, and who decodes them, is each host's own affair.

@@ -104,10 +104,10 @@ class PatchMerging(nn.Module):
         # The published order of the four neighbours: down before right.
         quarters = jnp.multiply(jnp.expand_dims(scale, 1), kernel).reshape(4, dim, 2 * dim)
         x, quarters = x.astype(self.dtype), quarters.astype(self.dtype)
-        parts = (x[:, i % 2 :: 2, i // 2 :: 2].reshape(-1, dim) for i in range(4))
-        products = (product(part, q) for part, q in zip(parts, quarters, strict=True))
-        bias = jnp.matmul(bias, kernel, precision="highest")
-        rows = add_bias(sum(products), bias, self.dtype)
+        rows = jnp.zeros((), jnp.float32)
+        for i in range(4):
+            rows += product(x[:, i % 2 :: 2, i // 2 :: 2].reshape(-1, dim), quarters[i])
+        rows = add_bias(rows, jnp.matmul(bias, kernel, precision="highest"), self.dtype)
         return rows.reshape(images, height // 2, width // 2, 2 * dim)
 
 
