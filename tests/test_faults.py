@@ -2,20 +2,26 @@
 
 import errno
 import io
+import re
+import shutil
+import signal
 import subprocess
+import time
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
-from damage import random_state
+from damage import flip_bit, largest, random_state
+from etils import epath
 from rich.console import Console
 from test_loop import losses, start
 
 from esvit_jax import checkpoint, checksums, loop
 from esvit_jax.checkpoint import Checkpoints, load_model
-from esvit_jax.errors import RUN_ERROR, DiskFull
+from esvit_jax.errors import RUN_ERROR, USER_ERROR, DiskFull, UserError
 from esvit_jax.runlog.writer import MetricWriter
+from esvit_jax.whole import committed_steps
 
 STEPS = "--config.total_steps=9"
 
@@ -40,7 +46,7 @@ def assert_same_run(workdir, expected):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A whole run of 9 steps on one device, with checkpoints 1, 3, 6 and 9."""
+    """A whole run of 9 steps on one device, of which checkpoints 6 and 9 are kept."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     status, output = finish(workdir, STEPS)
     assert status == 0, output
@@ -111,3 +117,82 @@ def test_metrics_without_room_end_a_run_in_words(tmp_path, tiny_config, monkeypa
     monkeypatch.setattr(MetricWriter, "write", no_room)
     with pytest.raises(DiskFull, match=r"^No space left on device; make room, and start it again"):
         loop.train(tiny_config, tmp_path, console=Console(file=io.StringIO()))
+
+
+# Files of the workdir
+
+
+def test_without_config_json_a_run_does_not_go_on(undisturbed, tmp_path, tiny_config):
+    """Nobody knows whose checkpoints they are; nothing is written."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    files = {file: file.stat().st_mtime_ns for file in workdir.rglob("*")}
+    tiny_config.total_steps = 9
+    with pytest.raises(UserError, match=r"has checkpoints but no config\.json to tell which run"):
+        loop.train(tiny_config, workdir, console=Console(file=io.StringIO()))
+    assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == files
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(undisturbed, tmp_path):
+    """Bit-equal in the end; with --strict it is refused first."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    flip_bit(largest(workdir / "checkpoints" / "9" / "training" / "ocdbt.process_0"), 12345)
+    status, output = finish(workdir, STEPS, "--strict")
+    assert status == USER_ERROR
+    assert re.match(r"esvit train: checkpoint 9 in \S+ is damaged \(training/\S+ has", output[-1])
+    status, output = finish(workdir, STEPS)
+    assert status == 0, output
+    assert sum("checkpoint 6 is used" in line for line in output) == 1
+    assert any("(from step 6)" in line for line in output)
+    assert (workdir / "checkpoints" / "9.damaged").is_dir()
+    assert_same_run(workdir, undisturbed)
+
+
+# SIGKILL
+
+
+def wait_for(condition, process, seconds=240.0) -> bool:
+    """Whether something came true before the process ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_a_run_is_bit_equal(tmp_path):
+    """At any moment; every second time while a checkpoint is being written."""
+    overrides = ["--config.total_steps=60", "--config.checkpoint_every_steps=2"]
+    expected, workdir = tmp_path / "expected", tmp_path / "run"
+    status, output = finish(expected, *overrides)
+    assert status == 0, output
+
+    r, in_a_save, later = np.random.default_rng(0), 0, 0
+    checkpoints = workdir / "checkpoints"
+    for k in range(20):
+        process = start(workdir, *overrides)
+        if k % 2:
+            wait_for(lambda: any(checkpoints.glob("*-tmp*/*")), process)
+        elif k % 4:  # a step is logged, and a while
+            size = file_size(workdir / "metrics.jsonl")
+            wait_for(lambda size=size: file_size(workdir / "metrics.jsonl") > size, process)
+            time.sleep(r.uniform(0, 0.3))
+        else:
+            time.sleep(r.uniform(1, 10))
+        process.kill()
+        process.communicate(timeout=60)
+        if process.returncode != -signal.SIGKILL:
+            break  # it was done
+        in_a_save += any(checkpoints.glob("*-tmp*"))
+        later += bool(committed_steps(epath.Path(checkpoints)))
+    assert in_a_save >= 3 and later >= 10, (in_a_save, later)
+    status, output = finish(workdir, *overrides)
+    assert status == 0, output
+    assert_same_run(workdir, expected)
+    assert not list(checkpoints.glob("*.damaged"))
+
+
+def file_size(file) -> int:
+    return file.stat().st_size if file.exists() else 0
