@@ -96,7 +96,7 @@ def product(
 
 
 def add_bias(
-    rows: Float[Array, "rows d"], bias: Float[Array, " d"], dtype: DTypeLike
+    rows: Float[Array, "rows d"], bias: Float[Param, " d"], dtype: DTypeLike
 ) -> Float[Array, "rows d"]:
     """rows + bias in `dtype`.
 
