@@ -9,7 +9,7 @@ import platform
 import sys
 
 from esvit_jax import __version__
-from esvit_jax.errors import RUN_ERROR, USER_ERROR, RunError, UserError
+from esvit_jax.errors import INTERRUPTED, USER_ERROR, RunError, UserError, exit_status
 
 COMMANDS = {
     "train": ("esvit_jax.commands.train", "train a backbone, or go on with an interrupted run"),
@@ -23,8 +23,7 @@ COMMANDS = {
     "plan": ("esvit_jax.commands.plan", "say what a run needs on a TPU that is not here"),
     "completion": ("esvit_jax.commands.completion", "print what completes commands in a shell"),
 }
-# As a shell counts: 128 and the number of the signal, SIGINT or SIGPIPE.
-INTERRUPTED, NOBODY_READS = 130, 141
+NOBODY_READS = 141  # as a shell counts: 128 and the number of SIGPIPE
 
 
 def restart_with_huge_pages() -> None:
@@ -76,12 +75,9 @@ def run(name: str, argv: list[str]) -> int:
         return USER_ERROR
     try:
         importlib.import_module(COMMANDS[name][0]).main(argv)
-    except UserError as error:
+    except (UserError, RunError) as error:
         complain(f"esvit {name}", str(error))
-        return USER_ERROR
-    except RunError as error:
-        complain(f"esvit {name}", str(error))
-        return RUN_ERROR
+        return exit_status(error)
     return 0
 
 

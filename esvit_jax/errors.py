@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 # Exit statuses of the command line; 0 is success, and 1 is left to Python's own tracebacks.
+BUG = 1
 USER_ERROR = 2
 RUN_ERROR = 3
+INTERRUPTED = 130  # as a shell counts: 128 and the number of SIGINT
 
 
 class UserError(ValueError):
@@ -34,6 +36,19 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """What happened to a run that was asked for correctly: it diverged, an export disagrees."""
+
+
+def exit_status(error: BaseException) -> int:
+    """That of a command which ends with an error.
+
+    >>> exit_status(RunError("it diverged")), exit_status(KeyError())
+    (3, 1)
+    """
+    if isinstance(error, UserError):
+        return USER_ERROR
+    if isinstance(error, RunError):
+        return RUN_ERROR
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BUG
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from esvit_jax import checkpoint, parallel, preflight, programs
+from esvit_jax import checkpoint, parallel, preflight, processes, programs
 from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
@@ -65,7 +65,8 @@ def train(
     """Trains until `total_steps`, from the newest checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C end it after the step that is being taken, with a checkpoint; before the
-    first step, at once. In a thread other than the main one, signals are left alone.
+    first step, at once. Of several processes, a signal to any ends all after the same step, two
+    steps later. In a thread other than the main one, signals are left alone.
 
     Args:
       config: see `default_config`.
@@ -99,6 +100,7 @@ def train(
                 evaluate_baselines(run, state, log)
             step = parallel.on_all_devices(run.recipe.step, config.parallel, donate=True)
             spread = jax.jit(feature_spread)
+            anywhere = parallel.Anywhere(config.parallel)
             with log.busy("reading the first images", "data"):
                 first_batch = next(batches)
             if start < total_steps:
@@ -125,9 +127,10 @@ def train(
                     with log.busy(f"evaluating at step {done}", "evaluation"):
                         result = evaluator(state.teacher, done)
                     log.record(result, done)
+            stopping = anywhere(signals.received)
             with log.account.spent_on("checkpoint"):
-                checkpoints.save(done, state, force=done == total_steps or signals.received)
-            if signals.received:
+                checkpoints.save(done, state, force=done == total_steps or stopping)
+            if stopping:
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
         while in_flight:
@@ -201,6 +204,8 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str], console: Consol
         shapes = jax.eval_shape(functools.partial(init_params, recipe.model), jax.random.key(0))
         with renamed(init_from="config.init_from", init_parts="config.init_parts"):
             init_from(shapes, config.init_from, config.init_parts)
+
+    processes.check_same(processes.facts(path, config, numbers))
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -29,8 +29,8 @@ class StepOptions:
     Attributes:
       student_temp: of the student's softmax.
       center_momentum: see `losses.update_center`.
-      seed: of views and drop path; an image's views depend on seed, step and its place in the
-        global batch only, so that they are the same on any number of devices.
+      seed: of views and drop path; an image's depend on seed, step and its place in the global
+        batch only, so that they are the same on any number of devices, and in any parts.
       accum_steps: parts a device's share is run through in, one after the other.
       prototype_chunk: prototypes held at a time; 0 means all.
       dtype: of the factors of products with prototypes.
@@ -49,7 +49,7 @@ def loss_and_gradients(
     teacher_params: PyTree,
     centers: dict[str, Array],
     views: dict[str, Array],
-    drop_key: Array,
+    drop_keys: Array,
     *,
     model: EsViT,
     teacher_temp: Array | float,
@@ -61,7 +61,7 @@ def loss_and_gradients(
       params, teacher_params: of the student, which gets gradients, and of the teacher.
       centers: {"view": f32[k], "region": f32[k]}.
       views: {"global": f32[2, b, g, g, 3], "local": f32[v, b, l, l, 3]}, v may be 0.
-      drop_key: of the student's drop path.
+      drop_keys: one an image, of the student's drop path.
       model: the network of both.
       teacher_temp: of the teacher's softmax.
       options: of the step.
@@ -73,7 +73,7 @@ def loss_and_gradients(
 
     def loss_of(params):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        student = model.forward(params, stacks, drop_key=drop_key)
+        student = model.forward(params, stacks, drop_keys=drop_keys)
         loss, scalars = losses.esvit_loss(
             student=student,
             teacher=teacher,
@@ -117,30 +117,29 @@ def train_step(
       The new state, scalars (mean over all devices), and the teacher's view features of the whole
       batch, f32[images, d]. A step that is not finite changes nothing but the two counters.
     """
-    image_keys, drop_keys = step_keys(
+    keys = step_keys(
         jax.random.fold_in(jax.random.key(options.seed), state.step),
         images=len(jax.tree.leaves(batch)[0]),
-        parts=options.accum_steps,
     )
 
     # 1. Views, teacher, student, gradients: in parts, so that one part is in memory at a time.
     def run(part):
-        keys, part_batch, key = part
+        (view_keys, drop_keys), part_batch = part
         return loss_and_gradients(
             state.params,
             state.teacher,
             state.centers,
-            make_views(keys, part_batch),
-            key,
+            make_views(view_keys, part_batch),
+            drop_keys,
             model=model,
             teacher_temp=teacher_temp(state.step),
             options=options,
         )
 
     parts = jax.tree.map(
-        lambda x: rearrange(x, "(a b) ... -> a b ...", a=options.accum_steps), (image_keys, batch)
+        lambda x: rearrange(x, "(a b) ... -> a b ...", a=options.accum_steps), (keys, batch)
     )
-    gradients, scalars, mean_logits, features = mean_over_parts(run, (*parts, drop_keys))
+    gradients, scalars, mean_logits, features = mean_over_parts(run, parts)
 
     # 2. Mean over devices.
     gradients, scalars, mean_logits = jax.lax.pmean((gradients, scalars, mean_logits), AXIS)
@@ -167,16 +166,15 @@ def train_step(
     return new_state, scalars, features
 
 
-def step_keys(key: Array, *, images: int, parts: int) -> tuple[Array, Array]:
-    """This device's keys of a step: one an image for its views, one a part for drop path.
+def step_keys(key: Array, *, images: int) -> tuple[Array, Array]:
+    """The keys of a step for this device's images: of their views, and of their drop path.
 
-    An image's key depends on its place in the global batch alone.
+    An image's keys depend on its place in the global batch alone.
     """
-    device = jax.lax.axis_index(AXIS)
     view_key, drop_key = jax.random.split(key)
-    places = device * images + jnp.arange(images)
-    image_keys = jax.vmap(lambda place: jax.random.fold_in(view_key, place))(places)
-    return image_keys, jax.random.split(jax.random.fold_in(drop_key, device), parts)
+    places = jax.lax.axis_index(AXIS) * images + jnp.arange(images)
+    keys_of = jax.vmap(jax.random.fold_in, (None, 0))
+    return keys_of(view_key, places), keys_of(drop_key, places)
 
 
 def next_state(state: TrainState, new: PyTree, taken: Array) -> TrainState:

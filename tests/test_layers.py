@@ -24,15 +24,15 @@ def test_gelu_and_its_gradient(dtype, atol):
 
 
 def drop(rate, x, images) -> jax.Array:
-    out = DropPath(rate).apply({}, x, images, True, rngs={"drop_path": jax.random.key(3)})
+    out = DropPath(rate).apply({}, x, jax.random.uniform(jax.random.key(3), (images,)))
     assert isinstance(out, jax.Array)
     return out
 
 
 def test_drop_path_is_nothing_at_rate_0_and_when_not_training():
     x = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, 2, True), x)
-    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, 2, False), x)
+    np.testing.assert_array_equal(DropPath(0.0).apply({}, x, jnp.zeros(2)), x)
+    np.testing.assert_array_equal(DropPath(0.9).apply({}, x, None), x)
 
 
 def test_drop_path_keeps_whole_images_and_the_mean():

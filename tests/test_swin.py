@@ -144,17 +144,17 @@ def test_block_equals_loops(height, width, window, shift):
     x = normal(1, 2, height, width, 8)
     block = SwinBlock(2, window, shift, mlp_ratio=2.0, drop_path_rate=0.0)
     rows, shape = x.reshape(-1, 8), x.shape[:3]
-    init = functools.partial(block.init, shape=shape, train=False)
+    init = functools.partial(block.init, shape=shape)
     params = random_params(init, rows)
-    run = jax.jit(block.clone(return_weights=True).apply, static_argnums=(2, 3))
-    out, weights = run({"params": params}, rows, shape, False)
+    run = jax.jit(block.clone(return_weights=True).apply, static_argnums=(2,))
+    out, weights = run({"params": params}, rows, shape)
     out = out.reshape(x.shape)
     for i in range(2):
         expected, attention = reference_block(np.asarray(x[i]), params, 2, window, shift)
         np.testing.assert_allclose(out[i], expected, rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(weights[i], attention, rtol=2e-5, atol=2e-6)
-    run = jax.jit(block.apply, static_argnums=(2, 3))
-    without, no_weights = run({"params": params}, rows, shape, False)
+    run = jax.jit(block.apply, static_argnums=(2,))
+    without, no_weights = run({"params": params}, rows, shape)
     np.testing.assert_allclose(without.reshape(x.shape), out, rtol=1e-5, atol=1e-5)
     assert no_weights is None
 
@@ -165,14 +165,14 @@ def test_one_window_has_the_gradients_of_padding(height, width, shift):
     rows, towards = normal(4, 2 * height * width, 8), normal(5, 2 * height * width, 8)
     block = SwinBlock(2, 3, shift, mlp_ratio=2.0, drop_path_rate=0.0)
     shape = 2, height, width
-    init = functools.partial(block.init, shape=shape, train=False)
+    init = functools.partial(block.init, shape=shape)
     params = random_params(init, rows)
 
     def gradients(return_weights):
         run = block.clone(return_weights=return_weights)
 
         def total(params, rows):
-            return jnp.sum(run.apply({"params": params}, rows, shape, False)[0] * towards)
+            return jnp.sum(run.apply({"params": params}, rows, shape)[0] * towards)
 
         return jax.jit(jax.grad(total, argnums=(0, 1)))(params, rows)
 
@@ -315,12 +315,13 @@ def test_remat_changes_nothing():
     images = normal(4, 4, 12, 16, 3)
     small = TINY.clone(depths=(2,), num_heads=(1,), drop_path_rate=0.5)
     params = random_params(small.init, images)
+    drawn = jax.random.uniform(jax.random.key(5), (4, small.num_draws))
 
     def value_and_gradients(remat):
         backbone = small.clone(remat=remat)
 
         def loss(params):
-            out = backbone.forward(params, images, drop_key=jax.random.key(5))
+            out = backbone.forward(params, images, drawn=drawn)
             return jnp.sum(jnp.sin(out.region_features))
 
         return jax.jit(jax.value_and_grad(loss))(params), str(

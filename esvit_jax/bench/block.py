@@ -93,7 +93,8 @@ def block_cost(block: Block, topology: Topology, logits_dtype: str) -> BlockCost
 
     def run(params, rows, gradient):
         def forward(params, rows):
-            return module.apply(params, rows, shape, True, rngs={"drop_path": key})[0]
+            drawn = jax.random.uniform(key, (2, block.maps))
+            return module.apply(params, rows, shape, drawn)[0]
 
         out, backward = jax.vjp(forward, params, rows)
         return out, backward(gradient)
@@ -102,7 +103,7 @@ def block_cost(block: Block, topology: Topology, logits_dtype: str) -> BlockCost
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     rows = placed(jax.ShapeDtypeStruct((math.prod(shape), block.dim), jnp.bfloat16))
-    init = functools.partial(module.init, key, shape=shape, train=False)
+    init = functools.partial(module.init, key, shape=shape)
     params = jax.tree.map(placed, jax.eval_shape(init, rows))
     compiled = jax.jit(run).lower(params, rows, rows).compile()
     memory: Any = compiled.memory_analysis()

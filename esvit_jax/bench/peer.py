@@ -120,13 +120,12 @@ def _our_calls(work: Workload) -> dict[str, Callable[[], Any]]:
     def backbone_gradients(params, views):
         def loss_of(params):
             stacks = [views[name] for name in ("global", "local") if len(views[name])]
+            stacks = [rearrange(stack, "v b h w c -> (v b) h w c") for stack in stacks]
+            shapes = [(len(stack), backbone.num_draws) for stack in stacks]
+            drawn = [jax.random.uniform(jax.random.key(1), shape) for shape in shapes]
             outputs = [
-                backbone.forward(
-                    params,
-                    rearrange(stack, "v b h w c -> (v b) h w c"),
-                    drop_key=jax.random.key(1),
-                )
-                for stack in stacks
+                backbone.forward(params, stack, drawn=numbers)
+                for stack, numbers in zip(stacks, drawn, strict=True)
             ]
             return sum(jnp.mean(out.view_features**2) for out in outputs)
 

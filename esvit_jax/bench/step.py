@@ -188,7 +188,7 @@ def step_parts(work: Workload) -> StepParts:
     """Compiles each part when it is first called."""
     recipe, model = work.recipe, work.recipe.model
     state = jax.device_put(work.state, jax.local_devices()[0])
-    drop_key = jax.random.key(1)
+    drop_keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(work.batch)[0][0]))
     options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
 
     @jax.jit
@@ -198,7 +198,7 @@ def step_parts(work: Workload) -> StepParts:
     @jax.jit
     def student(params, views):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        return model.forward(params, stacks, drop_key=drop_key)
+        return model.forward(params, stacks, drop_keys=drop_keys)
 
     @jax.jit
     @jax.grad
@@ -216,7 +216,7 @@ def step_parts(work: Workload) -> StepParts:
     @jax.jit
     def gradients(params, teacher_params, centers, views):
         return loss_and_gradients(
-            params, teacher_params, centers, views, drop_key,
+            params, teacher_params, centers, views, drop_keys,
             model=model, teacher_temp=teacher_temp, options=options,
         )  # fmt: skip
 

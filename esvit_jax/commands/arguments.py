@@ -8,9 +8,12 @@ import argparse
 import difflib
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:
     from esvit_jax.config import ConfigDict
@@ -124,6 +127,48 @@ def add_key(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json: for programs that read the output."""
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """--distributed, --coordinator, …: the processes that share the work."""
+    parser.add_argument(
+        "--distributed", action="store_true",
+        help="one of several processes, as Cloud TPU, GKE, Slurm or Open MPI tell",
+    )  # fmt: skip
+    parser.add_argument("--coordinator", help="host:port of process 0, where nothing tells")
+    parser.add_argument("--process_id", type=int, help="of this process, from 0")
+    parser.add_argument("--num_processes", type=int, help="over all hosts")
+    parser.add_argument(
+        "--heartbeat_seconds", type=positive, metavar="N",
+        help="without a sign of life from one process, after which all end (default: 30)",
+    )  # fmt: skip
+
+
+@contextmanager
+def processes(arguments: argparse.Namespace, command: str) -> Iterator[None]:
+    """Connects the processes that flags or the environment ask for; a failure of one ends all.
+
+    Args:
+      arguments: with the flags of `add_processes`.
+      command: the name to complain under.
+
+    Raises:
+      UserError: the flags do not fit.
+    """
+    names = ("coordinator", "process_id", "num_processes", "heartbeat_seconds")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not (given or arguments.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ):
+        yield
+        return
+
+    from esvit_jax import parallel
+    from esvit_jax.processes import failing_together
+
+    with renamed(**{name: f"--{name}" for name in names}):
+        parallel.start(**given)
+    with failing_together(lambda line: print(f"esvit {command}: {line}", file=sys.stderr)):
+        yield
 
 
 def check_writable(file: str, flag: str) -> None:

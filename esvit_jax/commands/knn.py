@@ -10,8 +10,10 @@ from esvit_jax.commands.arguments import (
     add_json,
     add_key,
     add_network,
+    add_processes,
     check_writable,
     path,
+    processes,
     quiet_libraries,
 )
 from esvit_jax.errors import UserError, renamed
@@ -40,24 +42,33 @@ def main(argv: list[str]) -> None:
         "are the run's own; else none)",
     )  # fmt: skip
     add_json(parser)
+    add_processes(parser)
     arguments = parser.parse_args(argv)
+    with processes(arguments, "knn"):
+        run(arguments)
+
+
+def run(arguments: Any) -> None:
+    """Evaluates; of several processes, one writes and speaks."""
     own = not any(
         (arguments.key, arguments.data, arguments.train_split, arguments.test_split,
          arguments.data_dir)
     )  # fmt: skip
     out = arguments.out or (os.path.join(arguments.workdir, "knn.json") if own else None)
-    if arguments.out:
-        check_writable(arguments.out, "--out")
 
+    import jax
     from rich.console import Console
 
     from esvit_jax.checkpoint import load_model
     from esvit_jax.evaluate.knn import knn_table
 
     quiet_libraries()
-    console = Console(stderr=arguments.json)
+    first = jax.process_index() == 0
+    console = Console(stderr=arguments.json, quiet=not first)
+    if arguments.out and first:
+        check_writable(arguments.out, "--out")
     loaded = load_model(arguments.workdir, arguments.step)
-    if out and not arguments.out:
+    if out and first and not arguments.out:
         check_writable(out, "--out")
     sources = open_sources(arguments, loaded)
     values, images = evaluate(loaded, arguments.key, sources, console)
@@ -74,6 +85,8 @@ def main(argv: list[str]) -> None:
         "train_unreadable": len(train) - images[0],
         "test_unreadable": len(test) - images[1],
     }
+    if not first:
+        return
     if out:
         with open(out, "w") as file:
             file.write(json.dumps(report | values, indent=1) + "\n")
@@ -127,11 +140,12 @@ def evaluate(
     console: "Console",
 ) -> tuple[dict[str, float], list[int]]:
     """The accuracies, and how many images of each source could be read."""
+    from esvit_jax import parallel
     from esvit_jax.evaluate.features import FeatureExtractor, view_features
     from esvit_jax.evaluate.knn import check_split, knn_accuracy
     from esvit_jax.runlog.alive import signs_of_life
 
-    params = loaded.network(key)["backbone"]
+    params = parallel.replicate(loaded.network(key)["backbone"], loaded.config.parallel)
     extract = view_features(loaded.model.backbone, loaded.config)
     extractor = FeatureExtractor(extract, loaded.config, sources)
     found = []

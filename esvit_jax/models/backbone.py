@@ -70,6 +70,11 @@ class Backbone(nn.Module):
         """The maps of `BackboneOutput.stage_maps`."""
         raise NotImplementedError
 
+    @property
+    def num_draws(self) -> int:
+        """Random numbers that an image takes in training, for drop path."""
+        raise NotImplementedError
+
     def validate(self) -> None:
         """Refuses fields that do not fit each other.
 
@@ -81,7 +86,7 @@ class Backbone(nn.Module):
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
-        train: bool = False,
+        drawn: Float[Array, "b draws"] | None = None,
         *,
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
@@ -89,7 +94,7 @@ class Backbone(nn.Module):
 
         Args:
           images: normalised.
-          train: draw drop path (from the key "drop_path").
+          drawn: in training, `num_draws` random numbers in [0, 1) an image, for drop path.
           outputs: of `ON_REQUEST`, what is wanted beside what is always returned.
         """
         raise NotImplementedError
@@ -99,13 +104,11 @@ class Backbone(nn.Module):
         params: PyTree,
         images: Float[Array, "b h w 3"],
         *,
-        drop_key: Array | None = None,
+        drawn: Array | None = None,
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
-        """`apply` by params alone; with a key for drop path it is a student's, in training."""
-        variables, train = {"params": params}, drop_key is not None
-        rngs = None if drop_key is None else {"drop_path": drop_key}
-        out = self.apply(variables, images, train, outputs=outputs, rngs=rngs)
+        """`apply` by params alone; with numbers for drop path it is a student's, in training."""
+        out = self.apply({"params": params}, images, drawn, outputs=outputs)
         assert isinstance(out, BackboneOutput)
         return out
 

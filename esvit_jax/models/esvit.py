@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from esvit_jax.models.backbone import Backbone, Leaf
 from esvit_jax.models.heads import ProjectionHead
@@ -72,13 +73,23 @@ class EsViT(nn.Module):
             self.region_head = ProjectionHead(*head)
 
     def __call__(
-        self, stacks: Sequence[Float[Array, "_ b _ _ 3"]], train: bool = False
+        self,
+        stacks: Sequence[Float[Array, "_ b _ _ 3"]],
+        drop_keys: Key[Array, " b"] | None = None,
     ) -> EsViTOutput:
-        """One forward of the backbone for each stack of views f32[v, b, h, w, 3]."""
+        """One forward of the backbone for each stack of views f32[v, b, h, w, 3].
+
+        In training there is a key for the drop path of each image. What its views draw depends on
+        it alone, not on the image's place in the batch.
+        """
         view_features, region_features = [], []
+        drawn = None if drop_keys is None else self._draw(drop_keys, sum(map(len, stacks)))
+        first = 0
         for images in stacks:
             v = images.shape[0]
-            out = self.backbone(rearrange(images, "v b h w c -> (v b) h w c"), train)
+            own = None if drawn is None else rearrange(drawn[first : first + v], "v b l -> (v b) l")
+            first += v
+            out = self.backbone(rearrange(images, "v b h w c -> (v b) h w c"), own)
             view_features.append(rearrange(out.view_features, "(v b) d -> v b d", v=v))
             region_features.append(
                 rearrange(out.region_features, "(v b) h w d -> v b (h w) d", v=v)
@@ -89,14 +100,17 @@ class EsViT(nn.Module):
         return EsViTOutput(heads, tuple(view_features), tuple(region_features))
 
     def forward(
-        self, params: PyTree, stacks: Sequence[Array], *, drop_key: Array | None = None
+        self, params: PyTree, stacks: Sequence[Array], *, drop_keys: Array | None = None
     ) -> EsViTOutput:
-        """`apply` by params alone; with a key for drop path it is a student's, in training."""
-        variables, train = {"params": params}, drop_key is not None
-        rngs = None if drop_key is None else {"drop_path": drop_key}
-        out = self.apply(variables, stacks, train, rngs=rngs)
+        """`apply` by params alone; with keys [b] for drop path it is a student's, in training."""
+        out = self.apply({"params": params}, stacks, drop_keys)
         assert isinstance(out, EsViTOutput)
         return out
+
+    def _draw(self, keys: Key[Array, " b"], views: int) -> Float[Array, "v b draws"]:
+        """All numbers of all views by one call of the generator, which is large when compiled."""
+        shape = views, self.backbone.num_draws
+        return jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys)
 
     def _head_output(self, head: ProjectionHead, features: Sequence[Array]) -> HeadOutput:
         return HeadOutput(tuple(head(x) for x in features), head.prototypes())

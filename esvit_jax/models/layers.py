@@ -153,14 +153,19 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(
-        self, branch: Float[Array, "rows d"], images: Size, train: bool
+        self, branch: Float[Array, "rows d"], drawn: Float[Array, " images"] | None
     ) -> Float[Array, "rows d"]:
-        """Each of the images has as many rows, one after the other."""
-        if not train or self.rate == 0.0:
+        """Each of the images has as many rows, one after the other.
+
+        Args:
+          branch: of all images.
+          drawn: a number in [0, 1) for each, which is kept where that is below 1 - rate; None
+            where nobody trains.
+        """
+        if drawn is None or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (images,))
-        kept = jnp.repeat(kept, branch.shape[0] // images)[:, None]
+        kept = jnp.repeat(drawn < keep, branch.shape[0] // len(drawn))[:, None]
         return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
 
 

@@ -50,9 +50,14 @@ class SwinBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, rows: Float[Array, "bhw d"], shape: tuple[Size, int, int], train: bool
+        self,
+        rows: Float[Array, "bhw d"],
+        shape: tuple[Size, int, int],
+        drawn: Float[Array, "2 b"] | None = None,
     ) -> tuple[Float[Array, "bhw d"], Float[Array, "b m heads n n"] | None]:
         """`rows` are all tokens of the maps, whose `shape` is (b, h, w), in row-major order.
+
+        `drawn` is for the drop path of the two branches.
 
         A TPU keeps rows without gaps; of maps it would pad each line to a multiple of 8 or 16
         tokens, and move that too (docs/notes/bytes.md).
@@ -68,10 +73,11 @@ class SwinBlock(nn.Module):
             attention=self.attention,
             name="attn",
         )(y, shape)
-        rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, shape[0], train)
+        of_attention, of_mlp = (None, None) if drawn is None else drawn
+        rows = rows + DropPath(self.drop_path_rate, name="drop_path1")(y, of_attention)
         y = LayerNorm(dtype=self.dtype, name="norm2")(rows)
         y = Mlp(int(rows.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y)
-        rows = rows + DropPath(self.drop_path_rate, name="drop_path2")(y, shape[0], train)
+        rows = rows + DropPath(self.drop_path_rate, name="drop_path2")(y, of_mlp)
         return rows, weights
 
 
@@ -160,13 +166,13 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w d"], train: bool
+        self, x: Float[Array, "b h w d"], drawn: Sequence[Float[Array, "2 b"] | None]
     ) -> tuple[Float[Array, "b h2 w2 d2"], list, list]:
         """Returns the map for the next stage, and each block's map and attention weights."""
         block_class = SwinBlock
         if self.remat != "none":
             block_class = nn.remat(
-                SwinBlock, static_argnums=(2, 3), policy=REMAT_POLICIES[self.remat]
+                SwinBlock, static_argnums=(2,), policy=REMAT_POLICIES[self.remat]
             )
         images, height, width, dim = x.shape
         rows, maps, weights = x.reshape(-1, dim), [], []
@@ -182,7 +188,7 @@ class Stage(nn.Module):
                 return_weights=self.return_weights,
                 attention=self.attention,
                 name=f"blocks_{j}",
-            )(rows, (images, height, width), train)
+            )(rows, (images, height, width), drawn[j])
             maps.append(rows.reshape(x.shape))
             weights.append(block_weights)
         x = maps[-1]
@@ -259,27 +265,36 @@ class Swin(Backbone):
                 argument="image_size", value=self.image_size,
             )  # fmt: skip
 
+    @property
+    def num_draws(self) -> int:
+        return 2 * sum(self.depths)
+
     @nn.compact
     def __call__(
         self,
         images: Float[Array, "b h w 3"],
-        train: bool = False,
+        drawn: Float[Array, "b draws"] | None = None,
         *,
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
         check_outputs(outputs)
-        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
+        depth = sum(self.depths)
+        of_blocks = [None] * depth
+        if drawn is not None:
+            of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
+        rates = np.linspace(0.0, self.drop_path_rate, depth).tolist()
         x = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, name="patch_embed")(images)
         stage_maps, block_maps, weights = [], [], []
-        for i, depth in enumerate(self.depths):
+        for i, stage_depth in enumerate(self.depths):
             window_size, shift = self.stage_window(i)
+            blocks = slice(len(block_maps), len(block_maps) + stage_depth)
             x, maps, stage_weights = Stage(
-                depth=depth,
+                depth=stage_depth,
                 num_heads=self.num_heads[i],
                 window_size=window_size,
                 shift=shift,
                 mlp_ratio=self.mlp_ratio,
-                drop_path_rates=rates[len(block_maps) : len(block_maps) + depth],
+                drop_path_rates=rates[blocks],
                 downsample=i < len(self.depths) - 1,
                 remat=self.remat,
                 dtype=self.dtype,
@@ -287,7 +302,7 @@ class Swin(Backbone):
                 return_weights="attention" in outputs,
                 attention=self.attention,
                 name=f"layers_{i}",
-            )(x, train)
+            )(x, of_blocks[blocks])
             stage_maps.append(maps[-1])
             block_maps += maps
             weights += stage_weights
