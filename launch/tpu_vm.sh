@@ -21,6 +21,7 @@ set -euo pipefail
 : "${VERSION:=v2-alpha-tpuv5-lite}" # of the software: v2-alpha-tpuv6e, tpu-ubuntu2204-base (v2 to v4)
 : "${PYTHON_VERSION:=3.11}" "${EXTRAS:=tpu,gcs}"
 : "${WAIT:=30}" # seconds between two looks at what is not ready
+: "${TRIES:=5}" # to start training, before it is given up
 
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; }
 
@@ -131,7 +132,7 @@ delete() {
 }
 
 train() {
-    local ended
+    local ended failures=0
     if $dry_run; then
         create && install && start "$@" && follow
         return
@@ -139,6 +140,7 @@ train() {
     while :; do
         create
         if "$0" install && "$0" start "$@"; then # in processes of their own, which errors end
+            failures=0
             follow || true # ends with the training, with the connection, or with the slice
             ended=$(outcome)
             sleep "$WAIT" # a preemption, too, ends a training, before the slice is gone
@@ -146,6 +148,9 @@ train() {
                 echo "the training ended with status $ended; \`$0 delete\` gives the slice back"
                 return "$ended"
             fi
+        elif ((++failures == TRIES)); then
+            echo "$0: training could not be started $TRIES times in a row" >&2
+            return 1
         fi
         echo "the connection is lost; the slice $NAME: $(state)"
         sleep "$WAIT"
