@@ -1,11 +1,13 @@
 """What a run says of itself: lines to read, metrics on disk, results for the caller."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from rich.console import Console
 
 from esvit_jax.config import ConfigDict, RunNumbers
@@ -50,8 +52,8 @@ class RunLog:
         self._config, self._numbers, self._schedules = config, numbers, schedules
         self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
         self._seconds_at_peak = seconds_at_peak
-        metrics = Path(workdir) / "metrics.jsonl"
-        earlier = read_metrics(metrics) if metrics.exists() else []
+        metrics = epath.Path(workdir) / "metrics.jsonl"
+        earlier = read_metrics(os.fspath(metrics)) if metrics.exists() else []
         self._writer = MetricWriter(
             workdir, resume_step=resume_step, enabled=jax.process_index() == 0
         )

@@ -1,9 +1,10 @@
 """Traces of a few steps, to be read with TensorBoard's profile plugin or Perfetto."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
+from etils import epath
 
 
 class StepProfiler:
@@ -15,8 +16,8 @@ class StepProfiler:
         after the first traces none either.
     """
 
-    def __init__(self, workdir: str | Path, steps: tuple[int, int] | None):
-        self._folder = str(Path(workdir) / "profile")
+    def __init__(self, workdir: str | os.PathLike[str], steps: tuple[int, int] | None):
+        self._folder = str(epath.Path(workdir) / "profile")
         self._first, self._last = steps or (0, 0)
         self._tracing = False
 
