@@ -170,42 +170,31 @@ def test_all_checks_are_made(tiny_config, monkeypatch, tmp_path):
     assert [x.text for x in doctor.examine()] == ["versions", "devices", "all_reduce", "clocks"]
 
 
-PROCESS = """
-import sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import tiny
-from esvit_jax import doctor
-doctor.READING = 0.5
-for finding in doctor.examine(sys.argv[3], tiny.tiny_config()):
-    print(finding.check, finding.ok, finding.text, sep="|", flush=True)
-"""
-
-
 def test_two_processes(tmp_path):
     """With two devices each, on loopback."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=2"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(i), tmp_path / "run"],
-            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}, text=True,
+            [sys.executable, "-m", "esvit_jax", "doctor", f"--coordinator={address}",
+             "--num_processes=2", f"--process_id={i}", f"--workdir={tmp_path / 'run'}", "--json"],
+            env=os.environ | {"XLA_FLAGS": flags}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(2)
     ]  # fmt: skip
+    outputs = []
     for process in running:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        findings = [line.split("|") for line in out.splitlines() if line.count("|") == 2]
-        assert [name for name, ok, _ in findings if ok != "True"] == [], findings
-        texts = {name: text for name, _, text in findings}
-        assert len(texts) == 7
-        assert texts["devices"].startswith("4 × cpu of ")
-        assert texts["devices"].endswith(", in 2 processes")
-        assert texts["all-reduce"].startswith("4 devices add up, ")
-        assert texts["data"].endswith(" in each process")
+        outputs.append([line for line in out.splitlines() if line.startswith("{")])
+    [[report], nothing] = outputs
+    assert nothing == []
+    checks = {check["check"]: check for check in json.loads(report)["checks"]}
+    assert [name for name, check in checks.items() if not check["ok"]] == []
+    assert list(checks) == ["versions", "devices", "all-reduce", "checkpoint", "clocks"]
+    assert checks["devices"]["values"]["processes"] == 2
+    assert checks["all-reduce"]["text"].startswith("4 devices add up, ")
     assert list(tmp_path.iterdir()) == []

@@ -1,14 +1,23 @@
 """`esvit doctor`: whether this machine, or slice, can do a run."""
 
+import argparse
 import json
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from esvit_jax.commands.arguments import ConfigParser, add_json, path, quiet_libraries
+from esvit_jax.commands.arguments import (
+    ConfigParser,
+    add_json,
+    add_processes,
+    path,
+    processes,
+    quiet_libraries,
+)
 from esvit_jax.errors import RUN_ERROR, RunError
 
 if TYPE_CHECKING:
+    from esvit_jax.config import ConfigDict
     from esvit_jax.doctor import Finding
 
 
@@ -25,22 +34,28 @@ def main(argv: list[str]) -> None:
         "and what the run needs of memory and disk. Status 3 if a check fails.",
     )
     parser.add_argument("--workdir", type=path, help="of the run")
-    parser.add_argument(
-        "--distributed", action="store_true", help="connect the processes of several hosts first"
-    )
     add_json(parser)
+    add_processes(parser)
     if any(word.split("=")[0] == "--config" for word in argv):
         config, arguments = parser.parse(argv)
     else:
         config, arguments = None, parser.parse_args(argv)
 
+    with processes(arguments, "doctor"):
+        examine(config, arguments)
+
+
+def examine(config: "ConfigDict | None", arguments: argparse.Namespace) -> None:
+    """Makes the checks and says what they found.
+
+    Raises:
+      RunError: a check failed.
+    """
     import jax
 
-    from esvit_jax import doctor, parallel
+    from esvit_jax import doctor
 
     quiet_libraries()
-    if arguments.distributed:
-        parallel.start_distributed()
     first, findings = jax.process_index() == 0, []
     for finding in doctor.examine(arguments.workdir, config):
         findings.append(finding)
