@@ -298,8 +298,9 @@ def test_two_processes_take_the_steps_of_one(one_process, tmp_path, mode):
 
 @pytest.mark.slow
 def test_eight_processes_of_one_device(one_process, tmp_path):
-    """Five steps of a schedule of 40: they are told to stop there."""
-    processes = start_all(8, "train", f"--workdir={tmp_path}", *OVERRIDES, devices=1)
+    """At least five steps of a schedule of 40; then each of them gets SIGTERM."""
+    flags = (f"--workdir={tmp_path}", *OVERRIDES, "--config.evaluate.batch_size=96")
+    processes = start_all(8, "train", *flags, devices=1)
     wait_for_step(tmp_path, 3, processes)
     for process in processes:
         process.send_signal(signal.SIGTERM)
