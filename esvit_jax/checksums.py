@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from esvit_jax import buckets
+
 FILE = "checksums.json"
 THREADS = 8  # on a bucket, it is the number of requests that takes long
 CHUNK = 1 << 22  # bytes
@@ -53,6 +55,8 @@ def damage(checkpoint: epath.Path, items: Iterable[str]) -> str | None:
     except ValueError:  # no JSON, or not UTF-8
         return f"{FILE} cannot be read"
     except OSError as error:
+        if buckets.is_unreachable(error):  # which says nothing of the files
+            raise
         return f"it cannot be read: {error.strerror or error}"
 
 
