@@ -1,4 +1,4 @@
-"""SIGTERM (preemption) and Ctrl-C: heeded at once, or between two steps."""
+"""SIGTERM (preemption), Ctrl-C and SIGHUP (a lost terminal): heeded at once, or between steps."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ class Interrupted(RunError):
 
 
 class StopSignals:
-    """Within the block, SIGTERM and Ctrl-C are remembered: `received` is true after one.
+    """Within the block, SIGTERM, Ctrl-C and SIGHUP are remembered: `received` is true after one.
 
-    A second Ctrl-C interrupts whatever is being done. Outside of the main thread (a notebook's
+    A SIGHUP that is ignored, as under nohup, stays ignored. A second Ctrl-C interrupts whatever is being done. Outside of the main thread (a notebook's
     worker) handlers cannot be set, and signals stay as they are.
     """
 
@@ -52,7 +52,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._old[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread
             pass
