@@ -28,6 +28,7 @@ from esvit_jax.optim import TeacherState
 from esvit_jax.state import TrainState, init_params, zero_centers
 
 ITEMS = ("model", "training")
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 class Checkpoints:
@@ -154,7 +155,8 @@ class Checkpoints:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
             older = whole.committed_steps(self._directory)
             newest = f"the newest is that of step {older[-1]}" if older else "there is none yet"
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
+            full = getattr(error, "errno", None) == errno.ENOSPC or NO_SPACE in str(error)
+            reason = NO_SPACE if full else reason
             raise (DiskFull if full else RunError)(
                 f"checkpoint {self._being_saved} cannot be written to {self._directory}: {reason}; "
                 f"{newest}. {'Make room' if full else 'Mend that'}, and start it again"

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from esvit_jax import __version__
 from esvit_jax.config import ConfigDict, RunNumbers, flatten
@@ -33,7 +34,7 @@ _meetings = itertools.count()  # a key and a barrier are for one use
 GONE = re.compile("gloo|nccl|connection|peer|unavailable|heartbeat|coordination", re.IGNORECASE)
 
 
-def facts(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNumbers) -> dict[str, Any]:
+def facts(workdir: epath.Path, config: ConfigDict, numbers: RunNumbers) -> dict[str, Any]:
     """What all processes of a run must hold alike, by names that a user knows.
 
     Where data lie, and who decodes them, is each host's own affair.

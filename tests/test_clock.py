@@ -99,7 +99,7 @@ def test_a_run_accounts_for_all_its_starts(tiny_config, tmp_path, monkeypatch):
     for step in range(2, 5):
         now += 1
         log.log(step, loss)
-    log.__exit__(KeyError)
+    log.__exit__(KeyError, KeyError(), None)
     now += 1000  # nobody knows of this
     log, console = run_log(tmp_path, tiny_config, 3)
     with log:

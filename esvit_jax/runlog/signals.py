@@ -24,8 +24,9 @@ class Interrupted(RunError):
 class StopSignals:
     """Within the block, SIGTERM, Ctrl-C and SIGHUP are remembered: `received` is true after one.
 
-    A SIGHUP that is ignored, as under nohup, stays ignored. A second Ctrl-C interrupts whatever is being done. Outside of the main thread (a notebook's
-    worker) handlers cannot be set, and signals stay as they are.
+    A SIGHUP that is ignored, as under nohup, stays ignored. A second Ctrl-C interrupts whatever is
+    being done. Outside of the main thread (a notebook's worker) handlers cannot be set, and signals
+    stay as they are.
     """
 
     def __init__(self) -> None:
