@@ -471,3 +471,13 @@ def test_configs_need_no_jax():
 
 def test_user_error_is_a_value_error():
     assert issubclass(errors.UserError, ValueError)
+
+
+def test_a_kernel_is_not_spread():
+    """Asked for by name, it is refused where it would be left out."""
+    config = default_config()
+    config.parallel, config.backbone.attention = "fsdp", "pallas"
+    with pytest.raises(UserError, match=r"^config\.backbone\.attention = 'pallas': .*fsdp"):
+        check(config)
+    config.backbone.attention = "auto"
+    check(config)

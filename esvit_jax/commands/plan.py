@@ -68,7 +68,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quick", action="store_true",
-        help="let the TPU compiler try less hard: says in half the time what memory suffices",
+        help="let the TPU compiler try less hard: says sooner what memory suffices",
     )  # fmt: skip
     parser.add_argument(
         "--num_images", type=int, default=IMAGENET_IMAGES, help="of the data set; ImageNet's"

@@ -101,6 +101,11 @@ def check(config: ConfigDict) -> None:
             f"it must be at least {largest}, the side of the largest view",
             argument="config.data.canvas_size", value=config.data.canvas_size,
         )  # fmt: skip
+    if config.parallel == "fsdp" and config.backbone.attention == "pallas":
+        raise UserError(
+            'config.parallel="fsdp" cannot cut the kernel for several devices; use "auto" or "xla"',
+            argument="config.backbone.attention", value="pallas",
+        )  # fmt: skip
     from esvit_jax.models import create_backbone  # needs jax, unlike all the above
 
     with renamed(**{name: f"config.backbone.{name}" for name in config.backbone}):

@@ -100,8 +100,8 @@ def add_bias(
 ) -> Float[Array, "rows d"]:
     """rows + bias in `dtype`.
 
-    The bias's gradient, a sum over rows, is a product with rows of ones: for a sum of bfloat16 a
-    TPU's compiler plans thirty times as long.
+    The bias's gradient, a sum over rows, is a product with rows of ones, which takes a TPU less
+    time (docs/notes/step.md).
     """
     return _add_bias(rows, bias, dtype)
 
