@@ -60,7 +60,7 @@ def check_same(facts: Mapping[str, object]) -> None:
 
     Raises:
       UserError: names the first that differs from process 0's, and both values; or the processes
-        are not connected, see `parallel.start`.
+        are not connected, see `cluster.connect`.
     """
     client = _client()
     if client is None and jax.process_count() > 1:  # libtpu has found the other hosts

@@ -19,7 +19,7 @@ from conftest import QUICK_COMPILE
 from images import encoded, noise
 from rich.console import Console
 
-from esvit_jax import checkpoint, loop, parallel
+from esvit_jax import checkpoint, cluster, loop
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import RUN_ERROR, USER_ERROR, UserError
 from esvit_jax.runlog.writer import read_metrics
@@ -94,7 +94,7 @@ def last_lines(outputs: list[str]) -> list[str]:
 def test_processes_that_cannot_be_are_refused(given, message, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", undetected)
     with pytest.raises(UserError, match=message):
-        parallel.start(**given)
+        cluster.connect(**given)
 
 
 def undetected(*arguments, **keywords):
@@ -108,9 +108,9 @@ def test_the_environment_names_the_processes(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     with pytest.raises(UserError, match="JAX_PROCESS_ID = 'two': it must be a whole number"):
-        parallel.start()
+        cluster.connect()
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
-    parallel.start(heartbeat_seconds=7)
+    cluster.connect(heartbeat_seconds=7)
     ((arguments, keywords),) = seen
     assert arguments == ("10.0.0.2:8476",)
     assert keywords["num_processes"] == 3 and keywords["process_id"] == 2
@@ -119,14 +119,14 @@ def test_the_environment_names_the_processes(monkeypatch):
 
 def test_one_process_connects_to_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", undetected)
-    parallel.start(num_processes=1)
+    cluster.connect(num_processes=1)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_who_waits_in_vain_says_so(index):
     code = (
-        "from esvit_jax import parallel; "
-        f"parallel.start('127.0.0.1:{free_port()}', {index}, 2, connect_seconds=3)"
+        "from esvit_jax import cluster; "
+        f"cluster.connect('127.0.0.1:{free_port()}', {index}, 2, connect_seconds=3)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -145,7 +145,7 @@ def test_a_slurm_task_that_is_alone_on_its_host_takes_all_gpus(monkeypatch, task
     monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    parallel.start()
+    cluster.connect()
     assert (set_to.get("jax_cuda_visible_devices") == "all") == all_gpus
 
 

@@ -171,11 +171,11 @@ def processes(arguments: argparse.Namespace, command: str) -> Iterator[None]:
         yield
         return
 
-    from esvit_jax import parallel
+    from esvit_jax.cluster import connect
     from esvit_jax.processes import failing_together
 
     with renamed(**{name: f"--{name}" for name in names}):
-        parallel.start(**given)
+        connect(**given)
     with failing_together(lambda line: print(f"esvit {command}: {line}", file=sys.stderr)):
         yield
 
