@@ -78,7 +78,7 @@ def on_all_devices(
         check_vma=False,
     )
     jitted = jax.jit(mapped, donate_argnums=donated)
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return jitted
     return _FromAllProcesses(jitted, NamedSharding(mesh, PartitionSpec(AXIS)))
 

@@ -81,6 +81,37 @@ def check_same(facts: Mapping[str, object]) -> None:
     client.wait_at_barrier(key, MEET_SECONDS * 1000)
 
 
+def from_first(value: Any) -> Any:
+    """What process 0 has, a value that JSON holds, in all processes; waits as long as it takes."""
+    client = _client()
+    if client is None:
+        return value
+    key = f"esvit/told/{next(_meetings)}"
+    if jax.process_index() == 0:
+        client.key_value_set(f"{key}/0", json.dumps(value))
+    ((_, told),) = _wait_for(client, key, 1)
+    return json.loads(told)
+
+
+def meet() -> None:
+    """Waits until all processes have come here, as long as it takes."""
+    client = _client()
+    if client is not None:
+        key = f"esvit/met/{next(_meetings)}"
+        client.key_value_set(f"{key}/{jax.process_index()}", "")
+        _wait_for(client, key, jax.process_count())
+
+
+def _wait_for(client: Any, folder: str, count: int) -> list[tuple[str, str]]:
+    """The keys and values of a folder of the store, when there are so many.
+
+    The store's own ways of waiting end after a time, and let no signal through.
+    """
+    while len(found := client.key_value_dir_get(folder)) < count:
+        time.sleep(LISTEN_SECONDS)
+    return found
+
+
 class Failure(NamedTuple):
     """Why a process ended.
 

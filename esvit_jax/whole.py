@@ -1,20 +1,15 @@
 """Which of a run's checkpoints can be used: those that were written to their end, undamaged."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-from esvit_jax import checksums
+from esvit_jax import checksums, processes
 from esvit_jax.errors import UserError
 
-TOLD_BYTES = 4000  # of what process 0 tells the others
 _NAMES = ocp.path.step.standard_name_format()
 
 
@@ -55,7 +50,7 @@ def newest(
         answer = _newest(directory, items, strict)
         if set_aside and answer[0] is not None:
             _set_aside(directory, newer_than=answer[0])
-    step, refusal = _of_first_process(answer)
+    step, refusal = processes.from_first(answer)
     if refusal:
         raise UserError(refusal)
     return step
@@ -68,7 +63,7 @@ def check(directory: epath.Path, step: int, items: Sequence[str]) -> None:
       UserError: says what is.
     """
     what = checksums.damage(directory / str(step), items) if jax.process_index() == 0 else None
-    if what := _of_first_process(what):
+    if what := processes.from_first(what):
         raise UserError(_damaged(directory, step, what))
 
 
@@ -90,7 +85,7 @@ def _newest(directory: epath.Path, items: Sequence[str], strict: bool) -> tuple[
             return step, ""
         damaged.append(_damaged(directory, step, what))
     if damaged:
-        return None, f"{'; '.join(damaged)}; there is no other"[: TOLD_BYTES // 2]
+        return None, f"{'; '.join(damaged)}; there is no other"
     return None, ""
 
 
@@ -105,14 +100,3 @@ def _set_aside(directory: epath.Path, newer_than: int) -> None:
             if aside.exists():
                 aside.rmtree()
             (directory / str(step)).rename(aside)
-
-
-def _of_first_process(answer: Any) -> Any:
-    """What process 0 has, a value that JSON can write, in all processes."""
-    if jax.process_count() == 1:
-        return answer
-    told = np.zeros(TOLD_BYTES, np.uint8)
-    text = json.dumps(answer).encode()
-    told[: len(text)] = np.frombuffer(text, np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8)
-    return json.loads(told.tobytes().rstrip(b"\0"))

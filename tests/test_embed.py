@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 from rich.console import Console
 from test_convert import random_params
 from test_knn_command import save_random
@@ -229,17 +230,16 @@ def test_any_flipped_bit_of_a_part_is_found_or_changes_nothing(tmp_path):
     columns |= {"label": np.arange(3, dtype=np.int32), "id": np.array(["a", "b", "c"])}
     about = {"columns": ["view_features"]}
 
-    def parts():
-        return Parts(tmp_path / "f.npz", about, 1, lambda message: None)
-
-    parts().write(0, columns)
-    file = parts().folder / "00000000.npz"
+    parts = Parts(epath.Path(tmp_path / "f.npz"), about, 1)
+    assert parts.begin(print) == [0]
+    parts.write(0, columns)
+    file = parts.folder / "00000000.npz"
     content, found = file.read_bytes(), 0
     for bit in range(0, 8 * len(content), 3):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
-        if parts().gaps():
+        if parts.begin(lambda message: None):
             found += 1
             continue
         with np.load(file) as part:
@@ -270,15 +270,18 @@ def test_parts_of_an_earlier_version_are_refused(tmp_path, workdir, monkeypatch)
         main(arguments(workdir, tmp_path / "f.npz"))
 
 
-def test_gaps(tmp_path):
-    parts = Parts(tmp_path / "f.npz", {}, 7, lambda message: None)
-    assert parts.gaps() == [(0, 7)]
+def test_what_is_missing(tmp_path):
+    parts = Parts(epath.Path(tmp_path / "f.npz"), {}, 7)
+    columns = {"label": np.zeros(1, np.int32), "id": np.array(["a"])}
+    assert parts.begin(print) == [0, 1, 2, 3, 4, 5, 6]
     for i in (1, 2, 5):
-        parts.write(i, {"label": np.zeros(1, np.int32)})
-    assert parts.gaps() == [(0, 1), (3, 5), (6, 7)]
-    for i in (0, 3, 4, 6):
-        parts.write(i, {"label": np.zeros(1, np.int32)})
-    assert parts.gaps() == []
+        parts.write(i, columns)
+    assert parts.begin(print) == [0, 3, 4, 6]
+    (parts.folder / "00000002.npz").write_bytes(b"cut")
+    assert parts.begin(print) == [0, 2, 3, 4, 6]
+    for i in (0, 2, 3, 4, 6):
+        parts.write(i, columns)
+    assert parts.begin(print) == []
 
 
 def test_arrays_in_memory_are_those_of_the_file(tmp_path, workdir, photos, capsys):
@@ -336,7 +339,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path, name, monkeypatch):
     rows, dim = 64, 4096  # 1 MiB a batch
 
     def peak_of(batches):
-        parts = Parts(tmp_path / f"{batches}{name}", {}, batches, lambda message: None)
+        parts = Parts(epath.Path(tmp_path / f"{batches}{name}"), {}, batches)
+        parts.begin(print)
         rng = np.random.default_rng(0)
         for i in range(batches):
             ids = np.array([f"{'long ' * (i == 1)}{i}/{row}.jpg" for row in range(rows)])

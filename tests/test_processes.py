@@ -18,6 +18,7 @@ import tiny
 from conftest import QUICK_COMPILE
 from images import encoded, noise
 from rich.console import Console
+from test_knn_command import save_random
 
 from esvit_jax import checkpoint, cluster, loop
 from esvit_jax.config import ConfigDict
@@ -33,7 +34,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(index: int, *arguments: str, devices: int = 2, **variables: str) -> subprocess.Popen:
+def start(
+    index: int,
+    *arguments: str,
+    devices: int = 2,
+    stderr: int = subprocess.STDOUT,
+    **variables: str,
+) -> subprocess.Popen:
     """`esvit ARGUMENTS` as process `index` of several, which see so many devices each."""
     environment = os.environ | {
         "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count={devices}",
@@ -44,19 +51,18 @@ def start(index: int, *arguments: str, devices: int = 2, **variables: str) -> su
     return subprocess.Popen(
         [sys.executable, "-m", "esvit_jax", *arguments],
         env=environment | variables,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
 
 
 def start_all(
-    count: int, command: str, *arguments: str, own: tuple[str, ...] = (), devices: int = 2
+    count: int, command: str, *arguments: str, own: tuple[str, ...] = (), **fields: Any
 ) -> list[subprocess.Popen]:
     """`count` processes of one command, the last of which has arguments of its own too."""
     flags = [command, f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
     return [
         start(
-            i, *flags, f"--process_id={i}", *arguments, *(own if i == count - 1 else ()),
-            devices=devices,
+            i, *flags, f"--process_id={i}", *arguments, *(own if i == count - 1 else ()), **fields
         )
         for i in range(count)
     ]  # fmt: skip
@@ -270,11 +276,45 @@ def test_one_process_goes_on_with_a_run_of_two(stopped, one_process, tmp_path):
 
 def test_knn_of_two_processes_is_that_of_one(one_process, tmp_path):
     arguments = (f"--workdir={one_process}", "--train_split=train[:300]", "--json")
-    processes = start_all(2, "knn", *arguments, own=(f"--out={tmp_path}/of_another.json",))
+    processes = start_all(
+        2, "knn", *arguments, own=(f"--out={tmp_path}/of_another.json",), stderr=subprocess.PIPE
+    )
     (output, silent), (alone,) = finish(processes), finish([start(0, "knn", *arguments)])
-    assert json_of(output) == json_of(alone)
+    assert json.loads(output) == json_of(alone)  # nothing else: gloo tells its connections, too
     assert json_of(alone)["train_images"] == 300
-    assert "{" not in silent and not (tmp_path / "of_another.json").exists()
+    assert not silent and not (tmp_path / "of_another.json").exists()
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    """A workdir with random params."""
+    return save_random(tmp_path_factory.mktemp("network") / "run", run_config(), seed=1)
+
+
+def embed_flags(network: Path, out: Path, split: str) -> list[str]:
+    return [f"--workdir={network}", f"--out={out}", f"--split={split}", "--batch_size=20"]
+
+
+def embed_alone(network: Path, out: Path, split: str) -> str:
+    """What one process with two devices says."""
+    process = start(0, "embed", *embed_flags(network, out, split), "--regions")
+    (output,) = finish([process])
+    assert process.returncode == 0, output
+    return output
+
+
+def test_embed_of_two_processes_is_that_of_one(network, tmp_path):
+    alone, out = tmp_path / "alone.npz", tmp_path / "together.npz"
+    embed_alone(network, alone, "train[:90]")
+    processes = start_all(2, "embed", *embed_flags(network, out, "train[:90]"), "--regions")
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert f"features of 90 images: {out}" in outputs[0] and "features of" not in outputs[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.npz", "together.npz"]
+    expected, found = np.load(alone), np.load(out)
+    assert expected["region_features"].shape == (90, 2, 2, 16)
+    for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 @pytest.mark.slow

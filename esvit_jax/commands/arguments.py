@@ -176,8 +176,23 @@ def processes(arguments: argparse.Namespace, command: str) -> Iterator[None]:
 
     with renamed(**{name: f"--{name}" for name in names}):
         connect(**given)
+    keep_standard_output()
     with failing_together(lambda line: print(f"esvit {command}: {line}", file=sys.stderr)):
         yield
+
+
+def keep_standard_output() -> None:
+    """Leaves standard output to Python, and sends there nothing else.
+
+    What native code writes to its descriptor (gloo, a line for each connection) goes to standard
+    error, so that who reads JSON finds JSON.
+    """
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(  # noqa: SIM115 - for as long as the process lives
+        own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
 
 
 def check_writable(file: str, flag: str) -> None:

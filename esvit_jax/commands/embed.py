@@ -1,14 +1,17 @@
 """`esvit embed`: write the features of every image to a file."""
 
 import sys
+from typing import Any
 
 from esvit_jax.commands.arguments import (
     Parser,
     add_data_dir,
     add_network,
+    add_processes,
     check_writable,
     path,
     positive,
+    processes,
     quiet_libraries,
 )
 from esvit_jax.errors import renamed
@@ -23,9 +26,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", help="as in TFDS (default: train)")
     parser.add_argument("--out", required=True, type=path, help=".npz or .parquet file to make")
     parser.add_argument("--regions", action="store_true", help="write region features too")
-    parser.add_argument("--batch_size", type=positive, help="over all devices")
+    parser.add_argument("--batch_size", type=positive, help="over the devices of a process")
+    add_processes(parser)
     arguments = parser.parse_args(argv)
-    check_writable(arguments.out, "--out")
+    with processes(arguments, "embed"):
+        run(arguments)
+
+
+def run(arguments: Any) -> None:
+    """Computes; of several processes, each its share, and one makes the file and speaks."""
+    import jax
+
+    first = jax.process_index() == 0
+    if first:
+        check_writable(arguments.out, "--out")
 
     from esvit_jax.evaluate.embed import embed
 
@@ -42,6 +56,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("what is done is kept; the same command goes on from there", file=sys.stderr)
         raise
+    if not first:
+        return
     if about["unreadable"]:
         print(f"{about['unreadable']} of {about['records']} records could not be read as images")
     print(f"features of {about['images']} images: {arguments.out}")

@@ -2,13 +2,12 @@
 
 On the way to a file, batches are written to a folder beside it as they come (`parts.py`), so that
 memory does not grow with the data and a broken run goes on where it was; the file is put together
-from them at the end.
+from them at the end. Of several processes, each computes batches of its own on its own devices.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -17,7 +16,7 @@ from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from esvit_jax import buckets
+from esvit_jax import buckets, parallel, processes
 from esvit_jax.checkpoint import LoadedModel, load_model
 from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source, open_source
@@ -115,21 +114,22 @@ def embed(
 
     A file has a column (a .npz file an array) for each field of `Embedding` but those that are
     None. `about` is JSON there (of a .parquet file, metadata of the schema). A .parquet file has a
-    row group a batch, and its region features are flat.
+    row group a batch, and its region features are flat. Several processes, which all call it alike,
+    make one file between them: the one that any of them would make alone.
 
     Args:
       network: a workdir or a converted checkpoint, or what `load_model` made of it.
       data: as `config.data.name`, or an open source; None is what the run trained on.
       out: .npz or .parquet file to make, local or gs://, or None to get the arrays. It appears when
-        it is whole.
-        After an interruption, the same call goes on where the last one was.
+        it is whole. After an interruption, the same call goes on where the last one was. Several
+        processes need a place that all see.
       split: as in TFDS; None is "train", or without `data` the run's training split.
       data_dir: where TFDS data sets lie; None is the run's `config.data.data_dir`.
       step: of the checkpoint; None is the newest.
       strict: refuse a damaged newest checkpoint, in place of taking the one before it.
       regions: whether to compute region features too.
-      batch_size: images a batch, over all devices; None is the run's `config.evaluate.batch_size`,
-        or less where that does not fit the data or the devices.
+      batch_size: images a batch, over the devices of a process; None is the run's
+        `config.evaluate.batch_size`, or less where that does not fit the data or the devices.
       console: a rich console to report to; None is standard output.
 
     Returns:
@@ -138,22 +138,24 @@ def embed(
     Raises:
       UserError: `out` is there already, is of neither kind, cannot be written, or the parts of
         another embedding lie beside it; the devices cannot share `batch_size` images; there is no
-        such network or data, or no record of it is an image; this is one of several processes.
+        such network or data, or no record of it is an image; of several processes, there is no
+        `out`, or they are called differently.
     """
-    if jax.process_count() > 1:
+    if out is None and jax.process_count() > 1:
         raise UserError(
-            f"embed runs in one process, and this is one of {jax.process_count()}; one process "
-            "uses all devices of its host"
-        )
-    if out is not None and Path(out).suffix not in WRITERS:
+            f"{jax.process_count()} processes have a part of the features each; name a file",
+            argument="out", value=out,
+        )  # fmt: skip
+    if out is not None and epath.Path(out).suffix not in WRITERS:
         raise UserError(f"it must end in {' or '.join(WRITERS)}", argument="out", value=str(out))
     if out is not None and _exists(out):
         raise UserError(
             "it exists already; remove it or take another name", argument="out", value=str(out)
         )
-    if batch_size is not None and (batch_size < 1 or batch_size % jax.device_count()):
+    devices = jax.local_device_count()
+    if batch_size is not None and (batch_size < 1 or batch_size % devices):
         raise UserError(
-            f"{jax.device_count()} devices cannot share that many",
+            f"{devices} devices cannot share that many",
             argument="batch_size", value=batch_size,
         )  # fmt: skip
     if isinstance(network, LoadedModel):
@@ -162,14 +164,12 @@ def embed(
         loaded = load_model(network, step, strict=strict)
     source = _open(loaded, data, split, data_dir)
     work = _Work(loaded, source, regions, batch_size)
-    console = console or Console()
+    console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
     with signs_of_life(work.extractor.describe, console):
         if out is None:
             return _in_memory(work)
-        if not buckets.is_remote(out):
-            return _in_file(work, Path(out), console)
-        with renamed(workdir="out"), buckets.local_work(out) as file:
-            return _in_file(work, file, console)
+        with buckets.reaching(out):
+            return _in_file(work, epath.Path(out), console)
 
 
 @buckets.reads_bucket
@@ -216,7 +216,9 @@ class _Work:
                 return {"view_features": out.view_features}
             return {"view_features": out.view_features, "region_features": out.region_features}
 
-        self.extractor = FeatureExtractor(extract, config, [source])
+        self.extractor = FeatureExtractor(extract, config, [source], own_devices=True)
+        # "pmap" is where each process has its own replicas, which any mode takes.
+        self._params = parallel.replicate(loaded.network()["backbone"], "pmap")
 
     @property
     def num_batches(self) -> int:
@@ -224,8 +226,7 @@ class _Work:
 
     def batches(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Columns of the batches from `first` on; labels are -1 where there are none."""
-        params = self._loaded.network()["backbone"]
-        for batch in self.extractor.batches(params, self.source, first):
+        for batch in self.extractor.batches(self._params, self.source, first):
             yield batch["features"] | {"label": batch["label"], "id": np.array(batch["id"], str)}
 
     def about(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class _Work:
         loaded, config, source = self._loaded, self._config, self.source
         regions = ["region_features"] if self._regions else []
         params = hashlib.sha1()
-        for array in jax.tree.leaves(loaded.network()["backbone"]):
+        for array in jax.tree.leaves(self._params):
             params.update(np.asarray(array).tobytes())
         return {
             "network": loaded.origin.get("key", "teacher"),
@@ -276,20 +277,37 @@ def _in_memory(work: _Work) -> Embedding:
     )
 
 
-def _in_file(work: _Work, out: Path, console: Console) -> dict[str, Any]:
+def _in_file(work: _Work, out: epath.Path, console: Console) -> dict[str, Any]:
     def report(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    about = work.about()
-    parts = Parts(out, about, work.num_batches, report)
-    for first, stop in parts.gaps():
-        for i, batch in zip(range(first, stop), work.batches(first), strict=False):
+    about, first = work.about(), jax.process_index() == 0
+    processes.check_same(about | {"out": os.fspath(out)})
+    parts = Parts(out, about, work.num_batches)
+    missing = processes.from_first(parts.begin(report) if first else None)
+    mine = np.array_split(missing, jax.process_count())[jax.process_index()].tolist()
+    for start, stop in _runs(mine):
+        for i, batch in zip(range(start, stop), work.batches(start), strict=False):
             parts.write(i, batch)
 
-    try:
-        about |= work.found(parts.count_images())
-    except UserError:
-        parts.remove()
-        raise
-    parts.make_whole(about)
-    return about
+    processes.meet()
+    if first:
+        try:
+            about |= work.found(parts.count_images())
+        except UserError:
+            parts.remove()
+            raise
+        parts.make_whole(about)
+    return processes.from_first(about)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Rising numbers as [first, stop) of each run of them.
+
+    >>> _runs([0, 3, 4, 6])
+    [(0, 1), (3, 5), (6, 7)]
+    """
+    there = set(numbers)
+    firsts = [i for i in numbers if i - 1 not in there]
+    stops = [i + 1 for i in numbers if i + 1 not in there]
+    return list(zip(firsts, stops, strict=True))

@@ -66,6 +66,8 @@ class FeatureExtractor:
       config: of the run (views, evaluate, data, parallel).
       sources: whose images it will be asked for; small ones get small batches, so that little of
         a batch is padding.
+      own_devices: whole batches on this process's devices, whatever others do; else all processes
+        share each batch.
     """
 
     def __init__(
@@ -73,15 +75,19 @@ class FeatureExtractor:
         extract: Callable[[Any, dict], Any],
         config: ConfigDict,
         sources: Sequence[Source] = (),
+        *,
+        own_devices: bool = False,
     ):
         self._config = config
+        devices = jax.local_devices() if own_devices else jax.devices()
         self.batch_size = fitting_batch_size(
-            config.evaluate.batch_size, [len(source) for source in sources], jax.device_count()
+            config.evaluate.batch_size, [len(source) for source in sources], len(devices)
         )
+        self._share = (0, 1) if own_devices else (jax.process_index(), jax.process_count())
         step = functools.partial(steps.feature_step, extract=extract)
         # What is spread over the devices is gathered for as long as it takes.
         mode = "shard_map" if config.parallel == "fsdp" else config.parallel
-        self._step = parallel.on_all_devices(step, mode)
+        self._step = parallel.on_all_devices(step, mode, devices=devices)
         self._progress = "features"
 
     def batches(
@@ -101,8 +107,8 @@ class FeatureExtractor:
             canvas_size=config.data.canvas_size,
             num_threads=config.data.num_threads,
             first_batch=first_batch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._share[0],
+            process_count=self._share[1],
         )
         started = None
         for i, batch in enumerate(host_batches):

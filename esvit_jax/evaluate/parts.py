@@ -1,48 +1,63 @@
 """The batches of an embedding on disk, and the file that is made of them."""
 
+import io
 import json
-import shutil
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from esvit_jax.errors import UserError
+from esvit_jax import buckets
+from esvit_jax.errors import UserError, renamed
 
 
 class Parts:
     """The batches of an embedding that are done, a .npz file each, in a folder beside `out`.
 
-    What an earlier start left there is used; what of it cannot be read (a machine that went down
-    cuts files off) is done again.
-
     Args:
-      out: the file to make in the end.
+      out: the file to make in the end, local or gs://.
       about: what the features depend on.
       count: number of batches in all.
-      report: is told what was found.
-
-    Raises:
-      UserError: the folder holds the parts of another embedding, or nothing can be written there.
     """
 
-    def __init__(
-        self, out: Path, about: Mapping[str, Any], count: int, report: Callable[[str], None]
-    ):
+    def __init__(self, out: epath.Path, about: Mapping[str, Any], count: int):
         self._out, self._count = out, count
+        self._about: dict[str, Any] = json.loads(json.dumps(about))
         self.folder = out.with_name(out.name + ".parts")
+
+    def begin(self, report: Callable[[str], None]) -> list[int]:
+        """Makes the folder; returns the batches that are missing, in order.
+
+        What an earlier start left there is used; what of it cannot be read (a machine that went
+        down cuts files off) is done again. Of several processes, one does this before all others
+        write.
+
+        Args:
+          report: is told what was found.
+
+        Raises:
+          UserError: the folder holds the parts of another embedding, or nothing can be written
+            there.
+        """
+        if buckets.is_remote(self._out):
+            with renamed(workdir="out"):
+                buckets.usable_folder(os.fspath(self._out.parent))
         try:
-            self._prepare(json.loads(json.dumps(about)), report)
+            return self._begin(report)
         except OSError as error:
-            why = f"there is no folder {out.parent}" if not out.parent.is_dir() else error.strerror
+            folder = self._out.parent
+            why = error.strerror or error if folder.is_dir() else f"there is no folder {folder}"
             raise UserError(
-                f"it cannot be written: {why}", argument="out", value=str(out)
+                f"it cannot be written: {why}", argument="out", value=str(self._out)
             ) from error
 
-    def _prepare(self, about: dict[str, Any], report: Callable[[str], None]) -> None:
+    def _begin(self, report: Callable[[str], None]) -> list[int]:
         file = self.folder / "about.json"
         self.folder.mkdir(exist_ok=True)
         earlier = _read_object(file)
@@ -51,11 +66,12 @@ class Parts:
             self.remove()
             self.folder.mkdir()
         elif earlier is not None:
-            self._check_same(earlier, about)
-        _write_whole(file, lambda file: file.write(json.dumps(about).encode()))
+            self._check_same(earlier)
+        _write_whole(file, json.dumps(self._about).encode())
 
-        there = [i for i in range(self._count) if self._path(i).exists()]
-        columns = {*about.get("columns", ()), "label", "id"}
+        names = {path.name for path in self.folder.glob("*.npz")}
+        there = [i for i in range(self._count) if self._path(i).name in names]
+        columns = {*self._about.get("columns", ()), "label", "id"}
         cut = [i for i in there if not _is_whole(self._path(i), columns)]
         for i in cut:
             self._path(i).unlink()
@@ -64,8 +80,10 @@ class Parts:
             report(f"cannot be read and computed again: {names} in {self.folder}")
         if len(there) > len(cut):
             report(f"{len(there) - len(cut)} of {self._count} batches are there already")
+        return sorted({*range(self._count)} - {*there} | {*cut})
 
-    def _check_same(self, earlier: dict[str, Any], about: dict[str, Any]) -> None:
+    def _check_same(self, earlier: dict[str, Any]) -> None:
+        about = self._about
         changed = [key for key in about if about[key] != earlier.get(key)]
         if changed:
             was = ", ".join(f"{key} {earlier.get(key)!r} (now {about[key]!r})" for key in changed)
@@ -74,27 +92,22 @@ class Parts:
                 "anew"
             )
 
-    def gaps(self) -> list[tuple[int, int]]:
-        """The batches that are missing, as [first, stop) of each run of them."""
-        missing = [i for i in range(self._count) if not self._path(i).exists()]
-        firsts = [i for i in missing if i == 0 or self._path(i - 1).exists()]
-        stops = [i + 1 for i in missing if i + 1 == self._count or self._path(i + 1).exists()]
-        return list(zip(firsts, stops, strict=True))
-
     def write(self, i: int, columns: Mapping[str, np.ndarray]) -> None:
         """Writes batch i."""
-        _write_whole(self._path(i), lambda file: np.savez(file, allow_pickle=False, **columns))
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **columns)
+        _write_whole(self._path(i), content.getbuffer())
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, whose arrays are read when they are asked for."""
         for i in range(self._count):
-            with np.load(self._path(i)) as part:
+            with self._read(i) as part:
                 yield part
 
     def columns(self) -> dict[str, np.ndarray]:
         """The first batch's arrays that are to be written: no labels where there are none."""
         labelled = any((part["label"] >= 0).any() for part in self)
-        with np.load(self._path(0)) as part:
+        with self._read(0) as part:
             return {name: part[name] for name in part.files if name != "label" or labelled}
 
     def count_images(self) -> int:
@@ -103,20 +116,30 @@ class Parts:
 
     def make_whole(self, about: dict[str, Any]) -> None:
         """Makes the file of them, and removes them."""
-        whole = self.folder / "whole.tmp"
-        WRITERS[self._out.suffix](whole, self, about)
-        whole.rename(self._out)
+        write = WRITERS[self._out.suffix]
+        if buckets.is_remote(self._out):
+            with buckets.local_work(self._out) as file:
+                write(file, self, about)
+        else:
+            whole = self.folder / "whole.tmp"
+            write(Path(whole), self, about)
+            whole.rename(self._out)
         self.remove()
 
     def remove(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self.folder)
+        self.folder.rmtree()
 
-    def _path(self, i: int) -> Path:
+    @contextmanager
+    def _read(self, i: int) -> Iterator[Any]:
+        with self._path(i).open("rb") as file, np.load(file) as part:
+            yield part
+
+    def _path(self, i: int) -> epath.Path:
         return self.folder / f"{i:08d}.npz"
 
 
-def _read_object(file: Path) -> dict[str, Any] | None:
+def _read_object(file: epath.Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none that can be read."""
     try:
         content = json.loads(file.read_bytes())
@@ -125,10 +148,10 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _is_whole(part: Path, columns: set[str]) -> bool:
+def _is_whole(part: epath.Path, columns: set[str]) -> bool:
     """Whether a .npz file has these arrays, and all of them can be read."""
     try:
-        with zipfile.ZipFile(part) as archive:
+        with part.open("rb") as file, zipfile.ZipFile(file) as archive:
             whole = archive.testzip() is None
             return whole and {f"{name}.npy" for name in columns} == set(archive.namelist())
     # The last two are of a damaged table of contents: another compression, or a password.
@@ -136,10 +159,10 @@ def _is_whole(part: Path, columns: set[str]) -> bool:
         return False
 
 
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+def _write_whole(path: epath.Path, content: bytes | memoryview) -> None:
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
+    with temporary.open("wb") as file:
+        file.write(content)
     temporary.replace(path)
 
 
