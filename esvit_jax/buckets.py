@@ -84,6 +84,18 @@ def _without_closed_loops(hook: Callable[[Any], Any], unraisable: Any) -> None:
         hook(unraisable)
 
 
+def ready_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path that can be used at once: absolute, or in a bucket that the libraries are ready for.
+
+    Raises:
+      UserError: gcsfs is not installed.
+    """
+    if is_remote(path):
+        make_ready()
+        return epath.Path(path)
+    return epath.Path(path).absolute()
+
+
 def usable_folder(text: str) -> epath.Path:
     """A folder in a bucket, after something was written to it and removed again.
 

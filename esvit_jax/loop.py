@@ -2,23 +2,22 @@
 
 import collections
 import functools
-import json
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from rich.console import Console
 
-from esvit_jax import buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax import bad_step, buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax.bad_step import Batch, TriedStep
 from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
-from esvit_jax.errors import RunError, full_disk_in_words, renamed
+from esvit_jax.errors import full_disk_in_words, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
@@ -31,7 +30,6 @@ from esvit_jax.runlog.signals import StopSignals, in_thread
 from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
 
-Batch = dict[str, np.ndarray]
 # What the loader calls these fields.
 LOADER_FIELDS = {
     "batch_size": "config.batch_size",
@@ -98,6 +96,7 @@ def train(
     start = done = checkpoints.latest_step() or 0
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
+    stop_if_bad = functools.partial(bad_step.stop_if_bad, config, run.workdir, checkpoints)
     with (
         buckets.reaching(workdir), full_disk_in_words(), renamed(**LOADER_FIELDS),
         closing(run.lock), closing(checkpoints), closing(batches),
@@ -125,7 +124,7 @@ def train(
             state, scalars, features = step(state, device_batch(batch))
             in_flight.append(TriedStep(i, scalars, batch))
             if len(in_flight) > 2:
-                stop_if_bad(run, state, in_flight.popleft(), log.say)
+                stop_if_bad(state, in_flight.popleft(), log.say)
             done = i + 1
             log.advance(done)
             profiler.after(done, scalars)
@@ -148,7 +147,7 @@ def train(
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
         while in_flight:
-            stop_if_bad(run, state, in_flight.popleft(), log.say)
+            stop_if_bad(state, in_flight.popleft(), log.say)
     return TrainResult(str(run.workdir), done, log.scalars, log.results)
 
 
@@ -311,51 +310,3 @@ def feature_spread(features: jax.Array) -> dict[str, jax.Array]:
         "feature_std": feature_std(features=features),
         "feature_rank": effective_rank(features=features),
     }
-
-
-class TriedStep(NamedTuple):
-    """A step that was dispatched, and whose outcome nobody has looked at.
-
-    Attributes:
-      step: steps before it.
-      scalars: of the devices.
-      batch: on the host.
-    """
-
-    step: int
-    scalars: Mapping[str, jax.Array]
-    batch: Batch
-
-
-def stop_if_bad(run: Run, state: TrainState, tried: TriedStep, say: Callable[[str], None]) -> None:
-    """Waits for a step, reports it if it was skipped, and ends a run of too many of them.
-
-    Raises:
-      RunError: `config.max_bad_steps` steps in a row were not finite. The state and the step's
-        images lie in workdir/bad_step; views follow from config.seed and the step.
-    """
-    bad_steps = int(tried.scalars["bad_steps"])
-    if not bad_steps:
-        return
-    scalars = {name: float(value) for name, value in tried.scalars.items()}
-    say(f"step {tried.step + 1} is not finite and was skipped (loss {scalars['loss']})")
-    if bad_steps < run.config.max_bad_steps:
-        return
-    directory = run.workdir / "bad_step"
-    directory.mkdir(exist_ok=True)
-    if jax.process_index() == 0:
-        with (directory / "batch.npz").open("wb") as file:
-            np.savez(file, allow_pickle=False, **tried.batch)
-        numbers = {"step": tried.step} | scalars
-        (directory / "scalars.json").write_text(json.dumps(numbers, indent=1))
-        checkpoint.write_config(directory, run.config, {})
-    with closing(checkpoint.Checkpoints(str(directory))) as checkpoints:
-        checkpoints.save(tried.step, state, force=True)
-    newest = run.checkpoints.latest_step()
-    keep = f"; config.init_from={run.workdir} keeps what was learned up to step {newest}"
-    raise RunError(
-        f"the run diverged: {bad_steps} losses in a row were not finite (config.max_bad_steps), "
-        f"the last one at step {tried.step + 1}; the images and the state are in {directory}. "
-        "Start a new workdir with a lower config.optimizer.learning_rate or "
-        "config.optimizer.clip_norm, or with config.dtype=float32" + (keep if newest else "")
-    )
