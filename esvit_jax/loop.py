@@ -181,6 +181,7 @@ class Run(NamedTuple):
             num_workers=self.config.data.num_workers,
             num_threads=self.config.data.num_threads,
             max_bad_records=self.config.data.max_bad_records,
+            max_wait_seconds=self.config.data.max_wait_seconds,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

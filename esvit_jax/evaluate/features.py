@@ -101,6 +101,7 @@ class FeatureExtractor:
             canvas_size=config.data.canvas_size,
             num_threads=config.data.num_threads,
             first_batch=first_batch,
+            max_wait_seconds=config.data.max_wait_seconds,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
