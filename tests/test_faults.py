@@ -178,6 +178,17 @@ def evaluated(workdir) -> list[int]:
     return [line["step"] for line in lines if "knn/top1/10" in line]
 
 
+def test_sigterm_during_a_save(undisturbed, tmp_path):
+    process = start(tmp_path, STEPS)
+    assert wait_for(lambda: any((tmp_path / "checkpoints").glob("[1-9]*-tmp*")), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal after step" in output, output
+    status, lines = finish(tmp_path, STEPS)
+    assert status == 0, lines
+    assert_same_run(tmp_path, undisturbed)
+
+
 # SIGKILL
 
 
