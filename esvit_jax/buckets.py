@@ -181,6 +181,13 @@ def local_work(file: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def copy_folder(source: str | os.PathLike[str], target: epath.Path) -> None:
+    """Copies all files below a local folder to a folder in a bucket."""
+    with waiting(target):
+        for file in filter(Path.is_file, Path(source).rglob("*")):
+            _copy(epath.Path(file), target / file.relative_to(source).as_posix())
+
+
 def _copy(source: epath.Path, target: epath.Path) -> None:
     with source.open("rb") as content, target.open("wb") as file:
         shutil.copyfileobj(content, file, 16 * 2**20)

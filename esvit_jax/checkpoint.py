@@ -91,8 +91,7 @@ class Checkpoints:
         """
         if step == self.latest_step() or not (force or self._manager.should_save(step)):
             return
-        with self._unsaved():
-            self._manager.wait_until_finished()
+        self.wait()
         before()
         self._being_saved = step
         model, training = split_state(parallel.to_global(state))
@@ -128,7 +127,7 @@ class Checkpoints:
             )
         return join_state(restored["model"], restored["training"])
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until what was started is on disk.
 
         Raises:
@@ -136,6 +135,10 @@ class Checkpoints:
         """
         with self._unsaved():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits likewise, and ends the manager."""
+        self.wait()
         with buckets.waiting(self._directory):
             self._manager.close()
 

@@ -68,8 +68,9 @@ def train(
     """Trains until `total_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C end it after the step that is being taken, with a checkpoint; before the
-    first step, at once. Of several processes, a signal to any ends all after the same step, two
-    steps later. In a thread other than the main one, signals are left alone.
+    first step, at once. An evaluation is broken off, and made up for by the next start. Of several
+    processes, a signal to any ends all after the same step, two steps later, evaluations included.
+    In a thread other than the main one, signals are left alone.
 
     Args:
       config: see `default_config`.
@@ -94,6 +95,7 @@ def train(
         run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
     start = done = checkpoints.latest_step() or 0
+    alone = jax.process_count() == 1  # nobody waits for what this process breaks off
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
     stop_if_bad = functools.partial(bad_step.stop_if_bad, config, run.workdir, checkpoints)
@@ -115,6 +117,8 @@ def train(
                 first_batch = next(batches)
             if start < total_steps:
                 compiled(step, state, device_batch(first_batch), what="the step", log=log)
+            if alone and start and not log.evaluated(start):  # it was broken off
+                evaluate(run, state, start, log)
 
         # 2. The loop. Steps are dispatched ahead of the devices; at most two wait there.
         for i in range(start, total_steps):
@@ -132,11 +136,9 @@ def train(
                 log.first_step(done, scalars)
             if log.due(done):
                 log.log(done, scalars | spread(features))
-            for evaluator in run.evaluators:
-                if evaluator.due(done):
-                    with log.busy(f"evaluating at step {done}", "evaluation"):
-                        result = evaluator(state.teacher, done)
-                    log.record(result, done)
+            with signals.breaking_off(alone):
+                if not (alone and signals.received):
+                    evaluate(run, state, done, log)
             stopping = anywhere(signals.received)
             with log.account.spent_on("checkpoint"):
                 checkpoints.save(
@@ -148,6 +150,8 @@ def train(
                 break
         while in_flight:
             stop_if_bad(state, in_flight.popleft(), log.say)
+        with log.busy("writing the checkpoint", "checkpoint"):
+            checkpoints.wait()
     return TrainResult(str(run.workdir), done, log.scalars, log.results)
 
 
@@ -180,6 +184,7 @@ class Run(NamedTuple):
             num_workers=self.config.data.num_workers,
             num_threads=self.config.data.num_threads,
             max_bad_records=self.config.data.max_bad_records,
+            max_wait_seconds=self.config.data.max_wait_seconds,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -278,6 +283,17 @@ def first_state(run: Run, log: RunLog) -> TrainState:
     return parallel.replicate(state, config.parallel)
 
 
+def evaluate(run: Run, state: TrainState, done: int, log: RunLog) -> None:
+    """The evaluations that are due after so many steps; recorded if all of them come to an end."""
+    results = []
+    for evaluator in run.evaluators:
+        if evaluator.due(done):
+            with log.busy(f"evaluating at step {done}", "evaluation"):
+                results.append(evaluator(state.teacher, done))
+    for result in results:
+        log.record(result, done)
+
+
 def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
@@ -296,6 +312,7 @@ def compiled(function: Any, *arguments: Any, what: str, log: RunLog) -> Any:
         lowered = function.lower(*arguments)
     with log.busy(f"compiling {what}", "compile"):
         in_thread(lowered.compile)
+    processes.meet()  # collectives wait for half a minute only, and compilers may differ by more
     return function
 
 

@@ -83,7 +83,7 @@ ONE_OF = {
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-    "checkpoint_keep", "lock_seconds",
+    "checkpoint_keep", "lock_seconds", "data.max_wait_seconds",
     "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
     "data.num_threads", "views.global_size", "views.local_size", "total_steps",
     "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
@@ -295,6 +295,7 @@ FREE = {
     "lock_seconds",
     "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
     "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
+    "data.max_wait_seconds",
     "evaluate.size", "evaluate.crop", "evaluate.batch_size", "evaluate.k",
 }  # fmt: skip
 
