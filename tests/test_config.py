@@ -57,8 +57,8 @@ def test_default_config_is_that_of_0_1_0():
     """But for fields that are new, which an old config leaves at their defaults, and for one."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
     new = {
-        "backbone.attention": None, "compilation_cache": True, "lock_seconds": 60.0,
-        "profile_steps": None,
+        "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
+        "lock_seconds": 60.0, "profile_steps": None,
     }  # fmt: skip
     faster = {"loss.prototype_chunk": 4096}
     assert flatten(default_config()) == old | new | faster
