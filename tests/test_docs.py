@@ -45,7 +45,8 @@ def test_commands_exist():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "knn", "embed", "convert", "export", "bench", "plan", "doctor"]
+    "command",
+    ["train", "knn", "linear", "embed", "convert", "export", "bench", "plan", "doctor"],
 )
 def test_flags_exist(command: str):
     lines = [

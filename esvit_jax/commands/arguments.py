@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from esvit_jax.errors import UserError, renamed
+from esvit_jax.errors import RUN_ERROR, DiskFull, RunError, UserError, renamed
 
 if TYPE_CHECKING:
     from esvit_jax.config import ConfigDict
@@ -193,6 +193,28 @@ def keep_standard_output() -> None:
     sys.stdout = open(  # noqa: SIM115 - for as long as the process lives
         own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
     )
+
+
+@contextmanager
+def ending_at_once(command: str) -> Iterator[None]:
+    """Ends the process, with one line, where a signal has stopped the work or a disk is full.
+
+    An ordinary exit would wait for the compiler, or flush files that have no room.
+
+    Args:
+      command: the name to complain under.
+    """
+    try:
+        yield
+    except RunError as error:
+        from esvit_jax.runlog.signals import Interrupted
+
+        if not isinstance(error, Interrupted | DiskFull):
+            raise
+        print(f"esvit {command}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RUN_ERROR)
 
 
 def check_writable(file: str, flag: str) -> None:
