@@ -46,7 +46,7 @@ def test_commands_exist():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "knn", "linear", "embed", "convert", "export", "bench", "plan", "doctor"],
+    ["train", "knn", "linear", "finetune", "embed", "convert", "export", "bench", "plan", "doctor"],
 )
 def test_flags_exist(command: str):
     lines = [

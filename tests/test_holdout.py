@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esvit_jax.data.holdout import _hashes, hold_out
+from esvit_jax.data.holdout import _hashes, hold_out, sample
 from esvit_jax.data.sources import IndexedSource, TFRecordSource, open_source
 from esvit_jax.errors import UserError
 
@@ -78,6 +78,14 @@ def test_parts_are_sources():
     assert set(ids(rest)) | set(ids(out)) == everything
     with pytest.raises(IndexError):
         out[len(out)]
+
+
+def test_a_sample_is_spread_over_the_split():
+    part: Any = sample(numbers(1000), 200)
+    assert len(part) == 200 and part.split == "train (a sample)"
+    assert np.bincount([part[i]["label"] for i in range(200)], minlength=10).min() >= 8
+    assert ids(part) == ids(sample(numbers(1000), 200))
+    assert ids(sample(numbers(7), 200)) == [str(i) for i in range(7)]
 
 
 def test_what_cannot_be_split():

@@ -101,6 +101,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(text: str) -> float:
+    """A number in a flag, for `add_argument(type=number)`.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+
+
 def add_network(parser: argparse.ArgumentParser) -> None:
     """--workdir, --step and --strict: a trained network on disk."""
     parser.add_argument(

@@ -61,7 +61,7 @@ def run(arguments: Any) -> None:
     console = Console(stderr=arguments.json, quiet=not first)
     out = report_file(arguments, FILE)
     loaded = load_network(arguments, out, first)
-    sources = open_splits(arguments, loaded, "k-NN")
+    sources = open_splits(arguments, loaded.config, "k-NN")
     values, images = evaluate(loaded, arguments.key, sources, console)
 
     report = describe_splits(loaded, arguments.key, sources, images) | values

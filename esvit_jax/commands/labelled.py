@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from esvit_jax.checkpoint import LoadedModel
+    from esvit_jax.config import ConfigDict
     from esvit_jax.data.sources import Source
 
 
@@ -63,12 +64,12 @@ def load_network(arguments: Any, out: str | None, first: bool) -> "LoadedModel":
     return loaded
 
 
-def open_splits(arguments: Any, loaded: "LoadedModel", what: str) -> tuple["Source", "Source"]:
+def open_splits(arguments: Any, config: "ConfigDict", what: str) -> tuple["Source", "Source"]:
     """The training and the test split that the flags of `add_splits` name.
 
     Args:
       arguments: of the command.
-      loaded: whose config fills in.
+      config: of the run, which fills in.
       what: needs the labels, such as "k-NN".
 
     Raises:
@@ -76,7 +77,7 @@ def open_splits(arguments: Any, loaded: "LoadedModel", what: str) -> tuple["Sour
     """
     from esvit_jax.data.sources import open_source
 
-    data = loaded.config.data
+    data = config.data
     name = arguments.data or data.name
     sources = []
     for field in ("train_split", "test_split"):

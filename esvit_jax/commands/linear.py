@@ -1,6 +1,5 @@
 """`esvit linear`: train linear classifiers on a frozen backbone."""
 
-import argparse
 import json
 import os
 from typing import Any
@@ -12,6 +11,7 @@ from esvit_jax.commands.arguments import (
     add_network,
     add_processes,
     ending_at_once,
+    number,
     positive,
     processes,
     quiet_libraries,
@@ -75,7 +75,7 @@ def run(arguments: Any) -> None:
     console = Console(stderr=arguments.json, quiet=not first)
     out = report_file(arguments, FILE)
     loaded = load_network(arguments, out, first)
-    sources = open_splits(arguments, loaded, "a linear probe")
+    sources = open_splits(arguments, loaded.config, "a linear probe")
     sweep = Sweep(arguments.blocks or BLOCKS, arguments.learning_rates or LEARNING_RATES)
     flags = {name: f"--{name}" for name in ("blocks", "learning_rates", "epochs", "batch_size")}
     with renamed(keep_in="--workdir", **flags):
@@ -100,18 +100,6 @@ def run(arguments: Any) -> None:
     if probe.picked.learning_rate in (min(sweep.learning_rates), max(sweep.learning_rates)):
         say(console, "that is at the end of the --learning_rates tried; others may do better")
     say_splits(console, report, out, FILE)
-
-
-def number(text: str) -> float:
-    """A number in a flag.
-
-    Raises:
-      ArgumentTypeError: it is none.
-    """
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""A part of a training split that is held out, to choose by: never the test split."""
+"""Parts of a training split: one that is held out to choose by, one to look at beside a test."""
 
 import dataclasses
 
@@ -38,26 +38,43 @@ def hold_out(source: Source) -> tuple[IndexedSource, IndexedSource]:
     Raises:
       UserError: it has fewer than two records, or they cannot be read by index (TFRecord files).
     """
-    where = f"{source.name} {source.split}"
-    if not isinstance(source, IndexedSource):
-        raise UserError(
-            f"{where} is stored as TFRecord files, of which no part can be held out; prepare it "
-            "again with `tfds build --file_format=array_record`"
-        )
-    count = len(source)
+    records = _by_index(source)
+    count = len(records)
     if count < 2:
-        raise UserError(f"{where} has {count} record; one to train on and one to choose by are two")
+        raise UserError(
+            f"{source.name} {source.split} has {count} record; one to train on and one to choose "
+            "by are two"
+        )
     held = max(1, min(count // EVERY, LARGEST))
     chosen = np.sort(np.argsort(_hashes(count), kind="stable")[:held])
     rest = np.setdiff1d(np.arange(count), chosen)
-    left, out = (
-        IndexedSource(
-            source.name, f"{source.split} ({what})", source.class_names,
-            _Chosen(source, tuple(indices.tolist())),
+    left = _part(records, rest, "all but the held-out part")
+    return left, _part(records, chosen, "held-out part")
+
+
+def sample(source: Source, count: int) -> IndexedSource:
+    """So many records of a source, or all if it has fewer; the same in every run.
+
+    Raises:
+      UserError: they cannot be read by index.
+    """
+    records = _by_index(source)
+    chosen = np.sort(np.argsort(_hashes(len(records)), kind="stable")[-count:])
+    return _part(records, chosen, "a sample")
+
+
+def _by_index(source: Source) -> IndexedSource:
+    if not isinstance(source, IndexedSource):
+        raise UserError(
+            f"{source.name} {source.split} is stored as TFRecord files, of which no part can be "
+            "chosen; prepare it again with `tfds build --file_format=array_record`"
         )
-        for what, indices in (("all but the held-out part", rest), ("held-out part", chosen))
-    )  # fmt: skip
-    return left, out
+    return source
+
+
+def _part(source: IndexedSource, indices: np.ndarray, what: str) -> IndexedSource:
+    records = _Chosen(source, tuple(indices.tolist()))
+    return IndexedSource(source.name, f"{source.split} ({what})", source.class_names, records)
 
 
 def _hashes(count: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from esvit_jax import parallel
 from esvit_jax.checkpoint import Checkpoints
@@ -26,7 +27,7 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
 Step = Callable[[ClassifierState, Any], tuple[ClassifierState, dict[str, Any]]]
 
 
-def _nothing(done: int, state: ClassifierState) -> None:
+def _nothing(done: int, state: ClassifierState, numbers: dict[str, float] | None) -> None:
     pass
 
 
@@ -42,9 +43,11 @@ class Fit:
       checkpoints: where it is kept, and gone on from.
       progress: what one sees of it.
       signals: that stop it.
-      log: (steps done, scalars of the last one) -> numbers to show, with "loss"; called after the
-        first step, then every `config.log_every_steps`, and after the last. It may refuse to go on.
-      after_step: (steps done, state), called after every step, before it is saved.
+      numbers: (steps done, scalars of the last one) -> what is shown of them, with "loss"; it may
+        refuse to go on. Asked after the first step, then every `config.log_every_steps`, and after
+        the last.
+      after_step: (steps done, state, the numbers every so many steps, else None), called after
+        every step, before it is saved.
     """
 
     config: ConfigDict
@@ -54,8 +57,8 @@ class Fit:
     checkpoints: Checkpoints
     progress: Progress
     signals: StopSignals
-    log: Callable[[int, Mapping[str, Any]], dict[str, float]]
-    after_step: Callable[[int, ClassifierState], None] = _nothing
+    numbers: Callable[[int, Mapping[str, Any]], dict[str, float]]
+    after_step: Callable[[int, ClassifierState, dict[str, float] | None], None] = _nothing
 
     @property
     def start(self) -> int:
@@ -101,19 +104,21 @@ class Fit:
                 if len(in_flight) > 2:  # so many steps wait on the devices
                     jax.block_until_ready(in_flight.popleft())
                 self.progress.advance(done)
-                if done == start + 1:
-                    self.progress.first(done, self.log(done, scalars)["loss"])
+                numbers, last = None, done == self.total_steps
+                due = last or done % self.config.log_every_steps == 0
+                if due or done == start + 1:
+                    numbers = self.numbers(done, scalars)
+                if numbers and done == start + 1:  # whose time is mostly not a step's
+                    self.progress.first(done, numbers["loss"])
                     clock.restart()
-                elif done % self.config.log_every_steps == 0 or done == self.total_steps:
-                    numbers = self.log(done, scalars)
+                elif numbers:
                     pace = clock.report((done - timed_from) * self.batch_size)
                     self.progress.update(done, numbers | pace)
                     timed_from = done
-                self.after_step(done, state)
+                self.after_step(done, state, numbers if due else None)
                 stopping = anywhere(self.signals.received)
                 if stopping:
-                    self.log(done, scalars)  # so that nothing is kept which cannot go on
-                last = done == self.total_steps
+                    self.numbers(done, scalars)  # what cannot go on is not kept
                 self.checkpoints.save(done, state, force=last or stopping)
                 if stopping:
                     raise Interrupted(
@@ -172,6 +177,14 @@ def classifier_views(
         mean=config.views.mean,
         std=config.views.std,
     )
+
+
+def params_sha1(params: PyTree) -> str:
+    """What tells a network's params from all others."""
+    digest = hashlib.sha1()
+    for array in jax.tree.leaves(params):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def check_classes(source: Source, what: str) -> None:

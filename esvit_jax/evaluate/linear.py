@@ -25,7 +25,13 @@ from esvit_jax.data.sources import Source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate.accuracy import Accuracy, Classifiers
 from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size
-from esvit_jax.evaluate.fit import Fit, check_classes, classifier_views, image_size
+from esvit_jax.evaluate.fit import (
+    Fit,
+    check_classes,
+    classifier_views,
+    image_size,
+    params_sha1,
+)
 from esvit_jax.evaluate.result import Result
 from esvit_jax.evaluate.sweep import (
     Head,
@@ -173,7 +179,7 @@ class _Probe:
         self.steps_per_epoch = max(1, len(self._rest) // self.batch_size)
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
         self._about = {
-            "params_sha1": _sha1(*(np.asarray(x).tobytes() for x in jax.tree.leaves(self._params))),
+            "params_sha1": params_sha1(self._params),
             "data": [train.name, train.split, len(train), train.class_names],
             "sweep": [sweep.blocks, sweep.learning_rates, sweep.weight_decays],
             "batch_size": self.batch_size,
@@ -187,7 +193,7 @@ class _Probe:
     @property
     def digest(self) -> str:
         """Of all that the heads depend on, but for how many devices train them."""
-        return _sha1(json.dumps(self._about).encode())[:12]
+        return hashlib.sha1(json.dumps(self._about).encode()).hexdigest()[:12]
 
     def train(
         self, checkpoints: Checkpoints, signals: StopSignals, console: Console
@@ -310,10 +316,3 @@ def linear_table(probe: LinearProbe) -> Table:
 def say(console: Console, line: str) -> None:
     """Prints a line as it is."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _sha1(*parts: bytes) -> str:
-    digest = hashlib.sha1()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -12,7 +12,13 @@ SUBJECTS = (TEACHER, RAW_PIXELS)
 UNITS = {"top1": "%", "top5": "%"}
 # How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
 # quantity apart; what is not here is written as it is.
-TITLES = {"knn": "k-NN", "linear": "linear probe", "top1": "top-1", "top5": "top-5"}
+TITLES = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "finetune": "fine-tuning",
+    "top1": "top-1",
+    "top5": "top-5",
+}
 PARAMETERS = {"knn": "k"}
 
 
