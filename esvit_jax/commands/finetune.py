@@ -107,12 +107,12 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
         config.data.data_dir = arguments.data_dir
     train, test = open_splits(arguments, config, "fine-tuning")
     fields = [field.name for field in dataclasses.fields(Tuning)]
-    given = {name: getattr(arguments, name) for name in fields}
-    tuning = Tuning(**random | {name: x for name, x in given.items() if x is not None})
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in fields}
+    given = random | {name: x for name, x in given.items() if x is not None}
     with renamed(workdir="--out", **{name: f"--{name}" for name in fields}):
         found = finetune(
-            arguments.out, config, train, test, backbone=backbone, source=source, tuning=tuning,
-            console=console,
+            arguments.out, config, train, test, backbone=backbone, source=source,
+            tuning=Tuning(**given), console=console,
         )  # fmt: skip
     if jax.process_index() != 0:
         return
