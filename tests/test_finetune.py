@@ -19,6 +19,7 @@ import esvit_jax
 from esvit_jax import checkpoint, parallel
 from esvit_jax.commands import finetune as command
 from esvit_jax.commands import knn
+from esvit_jax.config_file import read_config
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import finetune as library
@@ -160,7 +161,7 @@ def test_as_a_user_and_what_takes_the_result(workdir, tmp_path, capsys):
         variables["params"]["patch_embed"]["proj"]["kernel"],
         started["patch_embed"]["proj"]["kernel"],
     )
-    config, origin = checkpoint.read_config(out) or (None, {})
+    config, origin = read_config(out) or (None, {})
     assert config and config.backbone.drop_path_rate == 0.2
     assert origin["source"] == f"teacher of {workdir} at step 6"
     classifier = np.load(out / "classifier.npz")
@@ -227,7 +228,7 @@ def test_from_scratch_by_a_config_is_as_from_a_workdirs_architecture(workdir, tm
         reports.append(json.loads(capsys.readouterr().out))
     first, second = ({k: x for k, x in report.items() if k != "workdir"} for report in reports)
     assert first == second
-    _, origin = checkpoint.read_config(tmp_path / "0") or (None, {})
+    _, origin = read_config(tmp_path / "0") or (None, {})
     assert origin["source"] == "random" and origin["finetune"]["layer_decay"] == 1.0
 
 

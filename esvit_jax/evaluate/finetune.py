@@ -17,22 +17,23 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from esvit_jax import buckets, optim, steps
-from esvit_jax.checkpoint import Checkpoints, read_config, write_config
+from esvit_jax.checkpoint import Checkpoints
 from esvit_jax.config import ConfigDict, differences
+from esvit_jax.config_file import read_config, write_config
 from esvit_jax.data.holdout import sample
 from esvit_jax.data.sources import Source
 from esvit_jax.errors import RunError, UserError, full_disk_in_words
 from esvit_jax.evaluate.accuracy import Classifiers, label_ranks
 from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size
 from esvit_jax.evaluate.fit import Fit, check_classes, image_size, params_sha1
-from esvit_jax.evaluate.result import Result
+from esvit_jax.evaluate.result import Result, results_of_lines
 from esvit_jax.evaluate.sweep import INIT_STD, head_logits
 from esvit_jax.evaluate.tuning import Tuning, finetune_loss, finetune_optimizer
 from esvit_jax.lock import Lock
 from esvit_jax.models import create_model
 from esvit_jax.runlog.progress import Progress
 from esvit_jax.runlog.signals import StopSignals
-from esvit_jax.runlog.writer import MetricWriter
+from esvit_jax.runlog.writer import MetricWriter, read_metrics
 from esvit_jax.state import ClassifierState
 from esvit_jax.workdir import usable_workdir
 
@@ -103,12 +104,13 @@ def finetune(
             checkpoints = Checkpoints(
                 str(path), every_steps=run.steps_per_epoch, keep=config.checkpoint_keep
             )
-            resume_step = checkpoints.latest_step()
             writer = MetricWriter(
-                path, resume_step=resume_step, enabled=first, report=console.print
+                path, resume_step=checkpoints.latest_step(), enabled=first, report=console.print
             )
+            metrics = path / "metrics.jsonl"
+            earlier = results_of_lines(read_metrics(metrics) if metrics.exists() else [])
             with closing(checkpoints), writer, StopSignals() as signals:
-                state, result = run.train(checkpoints, writer, signals, console)
+                state, result = run.train(checkpoints, writer, signals, console, earlier)
             if first:
                 _write_classifier(path, state.params["head"], train.class_names)
     return FinetuneResult(str(path), result, run.total_steps)
@@ -163,10 +165,10 @@ class _Finetune:
         writer: MetricWriter,
         signals: StopSignals,
         console: Console,
+        results: list[Result],
     ) -> tuple[ClassifierState, Result]:
-        """The trained state, and what it reaches."""
+        """The trained state, and what it reaches; `results` are those of earlier starts."""
         start = checkpoints.latest_step() or 0
-        results: list[Result] = []
         with Progress(self.total_steps, first_step=start, console=console) as progress:
             progress.print(
                 f"{len(self._train):,} images of {self._train.num_classes} classes, "
@@ -176,19 +178,20 @@ class _Finetune:
                 optimizer = finetune_optimizer(self._tuning, self._schedule)
                 state = self._first_state(optimizer)
 
-            def evaluate(done: int, state: ClassifierState) -> None:
-                with progress.busy(f"evaluating at step {done}"):
-                    results.append(self._evaluate(done, state))
-                progress.print(f"step {done}: {results[-1]}")
-
             def after_step(
                 done: int, state: ClassifierState, numbers: dict[str, float] | None
             ) -> None:
                 if numbers:
                     rate = float(self._schedule(done - 1))
                     writer.write(done, numbers | {"learning_rate": rate})
-                if done % self.steps_per_epoch == 0 or done == self.total_steps:
-                    evaluate(done, state)
+                epoch_ends = done % self.steps_per_epoch == 0 or done == self.total_steps
+                if not epoch_ends or done in [result.step for result in results]:
+                    return
+                # Alone, nobody waits for what is broken off; the next start makes up for it.
+                alone = jax.process_count() == 1
+                with signals.breaking_off(alone), progress.busy(f"evaluating at step {done}"):
+                    results.append(self._evaluate(done, state))
+                    progress.print(f"step {done}: {results[-1]}")
                     writer.write(done, results[-1].scalars())
                     writer.flush()
 
@@ -202,9 +205,8 @@ class _Finetune:
                 self.config, self._train, self.batch_size, self.total_steps, checkpoints, progress,
                 signals, finite_loss, after_step,
             ).run(step, state)  # fmt: skip
-            if not results:
+            if start == self.total_steps:
                 progress.print("it has taken all its steps; there is nothing left to train")
-                evaluate(self.total_steps, state)
         return state, results[-1]
 
     def _first_state(self, optimizer: optax.GradientTransformation) -> ClassifierState:

@@ -17,7 +17,7 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import random_view
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 from esvit_jax.runlog.clock import StepClock
 from esvit_jax.runlog.progress import Progress
 from esvit_jax.runlog.signals import Interrupted, StopSignals, in_thread
@@ -47,7 +47,7 @@ class Fit:
         refuse to go on. Asked after the first step, then every `config.log_every_steps`, and after
         the last.
       after_step: (steps done, state, the numbers every so many steps, else None), called after
-        every step, before it is saved.
+        every step, before it is saved; and after that which an earlier start took last.
     """
 
     config: ConfigDict
@@ -84,6 +84,8 @@ class Fit:
             state = self.checkpoints.restore(state)
             self.progress.print(f"going on from step {start} of {self.total_steps}")
         state = parallel.replicate(state, mode)
+        if start:  # perhaps it was stopped in the midst of that
+            self.after_step(start, state, None)
         if start == self.total_steps:
             return state
         on_devices = parallel.on_all_devices(step, mode, donate=True)
@@ -139,10 +141,11 @@ class Fit:
             num_workers=config.data.num_workers,
             num_threads=config.data.num_threads,
             max_bad_records=config.data.max_bad_records,
+            max_wait_seconds=config.data.max_wait_seconds,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        with closing(batches):
+        with closing(batches), renamed(max_bad_records="config.data.max_bad_records"):
             for batch in batches:
                 if (batch["label"] < 0).any():
                     raise UserError(
