@@ -189,6 +189,12 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def spread_rows(x: np.ndarray) -> jax.Array:
+    """An array that every process has, its rows spread over all devices, which must divide them."""
+    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
+    return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
+
+
 def replicated_sharding() -> NamedSharding:
     """Every device holds the whole array: how states are restored."""
     return NamedSharding(_mesh(), PartitionSpec())
