@@ -9,14 +9,16 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from esvit_jax.errors import RUN_ERROR, DiskFull, RunError, UserError, renamed
 
 if TYPE_CHECKING:
     from esvit_jax.config import ConfigDict
+
+Value = TypeVar("Value")
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,6 +113,23 @@ def number(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+
+
+def above_zero(text: str) -> float:
+    """A number above 0 in a flag.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """Values with commas between them in a flag, for `add_argument(type=several(positive))`."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

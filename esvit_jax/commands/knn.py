@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
     Parser,
+    above_zero,
     add_json,
     add_key,
     add_network,
     add_processes,
+    positive,
     processes,
     quiet_libraries,
+    several,
 )
 from esvit_jax.commands.labelled import (
     add_report,
@@ -41,6 +44,14 @@ def main(argv: list[str]) -> None:
     add_network(parser)
     add_key(parser)
     add_splits(parser)
+    parser.add_argument(
+        "--k", type=several(positive), metavar="N,…",
+        help="neighbours that vote (default: config.evaluate.k)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=several(above_zero), metavar="T,…",
+        help="of the votes; results at another than 0.07 are named after it (default: 0.07)",
+    )  # fmt: skip
     add_report(parser, FILE)
     add_json(parser)
     add_processes(parser)
@@ -62,7 +73,7 @@ def run(arguments: Any) -> None:
     out = report_file(arguments, FILE)
     loaded = load_network(arguments, out, first)
     sources = open_splits(arguments, loaded.config, "k-NN")
-    values, images = evaluate(loaded, arguments.key, sources, console)
+    values, images = evaluate(arguments, loaded, sources, console)
 
     report = describe_splits(loaded, arguments.key, sources, images) | values
     if not first:
@@ -76,34 +87,27 @@ def run(arguments: Any) -> None:
 
 
 def evaluate(
+    arguments: Any,
     loaded: "LoadedModel",
-    key: str | None,
     sources: tuple["Source", "Source"],
     console: "Console",
 ) -> tuple[dict[str, float], tuple[int, int]]:
     """The accuracies, and how many images of each source could be read."""
-    from esvit_jax import parallel
-    from esvit_jax.evaluate.features import FeatureExtractor, view_features
-    from esvit_jax.evaluate.knn import check_split, knn_accuracy
+    from esvit_jax.evaluate.features import labelled_features
+    from esvit_jax.evaluate.knn import TEMPERATURE, knn_accuracy
     from esvit_jax.runlog.alive import signs_of_life
 
-    params = parallel.replicate(loaded.network(key)["backbone"], loaded.config.parallel)
-    extract = view_features(loaded.model.backbone, loaded.config)
-    extractor = FeatureExtractor(extract, loaded.config, sources)
-    found = []
-    with signs_of_life(extractor.describe, console):
-        for source in sources:
-            features, labels = extractor.arrays(params, source)
-            check_split(source, features, labels)
-            found.append((features, labels))
-    train, test = found
+    train, test = labelled_features(loaded, sources, "k-NN", key=arguments.key, console=console)
     images = len(train[1]), len(test[1])
-    ks = loaded.config.evaluate.k
+    ks = arguments.k or loaded.config.evaluate.k
     with (
         signs_of_life(lambda: f"comparing {images[1]} images with {images[0]}", console),
         renamed(ks="config.evaluate.k"),
     ):
-        values = knn_accuracy(*train, *test, ks=ks, num_classes=sources[0].num_classes)
+        values = knn_accuracy(
+            *train, *test, ks=ks, temperature=arguments.temperature or TEMPERATURE,
+            num_classes=sources[0].num_classes,
+        )  # fmt: skip
     if max(ks) > images[0]:
         console.print(
             f"there are only {images[0]} training images: where k is more, all of them vote",

@@ -23,7 +23,7 @@ def rank_of_truth(
 
 def top(k: int, ranks: Int[np.ndarray, " n"]) -> float:
     """Share of images whose class is among the first k, in percent."""
-    return 100.0 * float(np.mean(ranks < k))
+    return 100.0 * int(np.sum(ranks < k)) / len(ranks)
 
 
 def mean_per_class(ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
