@@ -12,11 +12,11 @@ from esvit_jax.evaluate.logistic import fit_logistic
 L2 = (1e-3, 1e-2, 1.0)
 
 
-def overlapping(n=301, d=7, classes=4, seed=0):
+def overlapping(n=301, d=7, classes=4, seed=0, gap=1.0):
     """Classes that no line separates, features of other scales."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
-    features = rng.normal(size=(classes, d))[labels] + rng.normal(size=(n, d))
+    features = gap * rng.normal(size=(classes, d))[labels] + rng.normal(size=(n, d))
     return (features * np.arange(1, d + 1) + 10).astype(np.float32), labels
 
 
