@@ -9,6 +9,7 @@ from test_knn_command import save_random
 from test_logistic import overlapping, standardized
 
 from esvit_jax.checkpoint import load_model
+from esvit_jax.commands import linear
 from esvit_jax.commands.fewshot import main
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import UserError
@@ -125,6 +126,20 @@ def test_fast_linear_is_the_probe_of_view_features(workdir):
 def _workdir(tmp_path, tiny_config):
     tiny_config.data.train_split = "train[:160]"
     return save_random(tmp_path / "run", tiny_config, seed=1)
+
+
+def test_linear_fast_command(workdir, capsys):
+    linear.main([f"--workdir={workdir}", "--fast"])
+    said = capsys.readouterr().out
+    report = json.loads((workdir / "linear_fast.json").read_text())
+    loaded = load_model(workdir)
+    sources = (open_source("bundled/fashion_mnist_mini", x) for x in ("train[:160]", "test[:40]"))
+    found = fast_linear(loaded, *sources)
+    assert {name: report[name] for name in ("top1", "top5")} == pytest.approx(found.result.values)
+    assert report["picked"] == {"l2": found.probe.l2} and len(report["sweep"]) == len(L2_GRID)
+    assert (report["train_images"], report["test_images"]) == (160, 40)
+    assert f"test: {found.result}" in said and "linear_fast.json" in said
+    assert not (workdir / "linear.json").exists()
 
 
 def test_command(workdir, capsys):

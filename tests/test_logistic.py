@@ -9,7 +9,7 @@ from esvit_jax.evaluate import logistic
 from esvit_jax.evaluate.blocks import ArrayBlocks, SelectedBlocks, in_memory, targets_of
 from esvit_jax.evaluate.logistic import fit_logistic
 
-L2 = (1e-3, 1e-2, 1.0)
+L2 = (1e-3, 1e-2, 1.0, 1e4)
 
 
 def overlapping(n=301, d=7, classes=4, seed=0, gap=1.0):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from esvit_jax.evaluate.blocks import ArrayBlocks
 from esvit_jax.evaluate.fast import fast_probe
 from esvit_jax.evaluate.features import labelled_features
 from esvit_jax.evaluate.metrics import METRICS, mean_average_precision
+from esvit_jax.evaluate.result import Result
 from esvit_jax.evaluate.sets import SETS, TransferSet, named_set
 from esvit_jax.evaluate.transfer import SetScores, open_set, transfer_results, wins
 
@@ -120,7 +122,7 @@ def test_average_precision_of_several_classes(two, workdir):
     about = TransferSet("two", directory, "train", "test", "map11", 3)
     loaded = load_model(workdir)
     protocol = transfer_module.Protocol(l2=(1e-2,))
-    scores = transfer_module.transfer(loaded, open_set("two", about, None), protocol)
+    scores = transfer_module.transfer(loaded, open_set("two", about, None), protocol, keep_in="")
     train, test = (
         transfer_module.FeatureExtractor(
             transfer_module.view_features(loaded.model.backbone, loaded.config), loaded.config
@@ -136,7 +138,7 @@ def test_average_precision_of_several_classes(two, workdir):
     assert scores.images == (30, 30) and expected > 60
     with pytest.raises(UserError, match="images have several classes; shots are"):
         protocol = transfer_module.Protocol(shots=1)
-        transfer_module.transfer(loaded, open_set("two", about, None), protocol)
+        transfer_module.transfer(loaded, open_set("two", about, None), protocol, keep_in="")
 
 
 # The command.
@@ -197,6 +199,30 @@ def test_command_equals_the_functions(workdir, tmp_path, capsys):
     probe = fast_probe(ArrayBlocks(*train), ArrayBlocks(*test), 3)
     assert report["sets"][greys]["probe"] == pytest.approx(probe.values["top1"])
     assert report["sets"][greys]["l2"] == [probe.l2]
+
+
+def test_the_published_protocol(workdir, tmp_path, capsys, monkeypatch):
+    """It is `linear_probe`, for sets that ask for what that gives."""
+    asked = []
+
+    def probe(loaded, train, test, *, keep_in, key, console):
+        asked.append((train.name, train.split, test.split, keep_in, key))
+        return types.SimpleNamespace(result=Result("linear", {"top1": 12.5, "top5": 50.0}))
+
+    monkeypatch.setattr(transfer_module, "linear_probe", probe)
+    greys = folder_of(tmp_path / "greys")
+    signs = folder_of(tmp_path / "signs", classes=2)
+    data = f"--data={greys},hateful_memes={signs}"
+    main([f"--workdir={workdir}", data, "--protocol=linear", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert asked == [(greys, "train", "test", f"{workdir}/linear", None)]
+    assert report["sets"][greys]["probe"] == 12.5
+    assert report["skipped"] == {
+        "hateful_memes": "it asks for ROC-AUC, and the published protocol gives top-1; take "
+        "another protocol"
+    }
+    with pytest.raises(UserError, match="^--shots=5: the protocol linear takes all labels"):
+        main([f"--workdir={workdir}", data, "--protocol=linear", "--shots=5"])
 
 
 def test_no_set_is_one_line(workdir, tmp_path):

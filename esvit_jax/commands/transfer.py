@@ -12,6 +12,7 @@ from esvit_jax.commands.arguments import (
     add_key,
     add_network,
     check_writable,
+    ending_at_once,
     path,
     positive,
     quiet_libraries,
@@ -40,9 +41,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     add_data_dir(parser)
     parser.add_argument(
-        "--protocol", choices=("fast", "benchmark"), default="fast",
-        help="fast: ℓ2 chosen once, all labels; benchmark: the benchmark's range of ℓ2, three "
-        "seeds (default: fast)",
+        "--protocol", choices=("fast", "benchmark", "linear"), default="fast",
+        help="fast: ℓ2 chosen once; benchmark: the benchmark's range of ℓ2, three seeds; linear: "
+        "as esvit linear, for sets that ask for top-1 (default: fast)",
     )  # fmt: skip
     parser.add_argument(
         "--shots", type=positive, metavar="N",
@@ -56,7 +57,13 @@ def main(argv: list[str]) -> None:
         "--out", type=path, help="JSON file to write (default: transfer.json in the workdir)"
     )
     add_json(parser)
-    run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    if arguments.shots and arguments.protocol == "linear":
+        raise UserError(
+            "the protocol linear takes all labels", argument="--shots", value=arguments.shots
+        )
+    with ending_at_once("transfer"):
+        run(arguments)
 
 
 def run(arguments: Any) -> None:
@@ -135,12 +142,15 @@ def scores_of(
     """Of each network on one set; none if nothing can be learned from the set."""
     from esvit_jax.evaluate.transfer import transfer
 
-    keys = [arguments.key, None]
+    keys, workdirs = [arguments.key, None], [arguments.workdir, arguments.against]
     try:
         return [
-            transfer(network, opened, protocol, key=key, console=console)
-            for network, key in zip(networks, keys, strict=False)
-        ]
+            transfer(
+                network, opened, protocol, keep_in=os.path.join(workdir, "linear"), key=key,
+                console=console,
+            )
+            for network, key, workdir in zip(networks, keys, workdirs, strict=False)
+        ]  # fmt: skip
     except UserError as error:
         skip(opened.name, error, skipped, console)
         return []

@@ -41,8 +41,8 @@ class Logistic(NamedTuple):
       mean: f32[d], subtracted from a feature,
       deviation: f32[d], by which it is then divided.
       loss: f32[m], mean over images of the loss that was minimised, ℓ2 included.
-      gradient: f32[m], the largest component of its gradient; above the tolerance where a head has
-        not converged.
+      gradient: f32[m], the largest component of its gradient by biases and by weights times
+        √(1 + l2); above the tolerance where a head has not converged.
       iterations: int32[m], L-BFGS steps of each head.
       passes: over the data.
     """
@@ -109,6 +109,7 @@ def fit_logistic(
     shape = (len(l2), len(mean), num_classes)
     zeros = {"weights": np.zeros(shape, np.float32), "bias": np.zeros(shape[::2], np.float32)}
     strengths, point = parallel.replicate(jax.tree.map(jnp.asarray, (l2, zeros)), "shard_map")
+    # A point has weights times √(1 + l2), which makes strong ℓ2 as round as weak.
     heads = _start(strengths, point, *sums.at(point))
     while True:
         norm, iterations, tries = map(
@@ -118,8 +119,8 @@ def fit_logistic(
         if not busy.any():
             break
         trial = _trial(heads)
-        heads = _advance(strengths, heads, trial, *sums.at(trial), busy)
-    found = jax.tree.map(np.asarray, heads)
+        heads = _advance(strengths, heads, trial, *sums.at(_layers(strengths, trial)), busy)
+    found = jax.tree.map(np.asarray, heads._replace(point=_layers(strengths, heads.point)))
     return Logistic(
         l2, found.point["weights"], found.point["bias"], mean, deviation,
         found.value, found.gradient_norm, found.iterations, sums.passes,
@@ -247,9 +248,18 @@ class _Heads(NamedTuple):
 _OPTIMIZER = optax.scale_by_lbfgs(MEMORY)
 
 
+@jax.jit
+def _layers(l2: Array, points: PyTree) -> PyTree:
+    """The weights and biases of all heads."""
+    return points | {"weights": points["weights"] / jnp.sqrt(1 + l2)[:, None, None]}
+
+
 def _with_decay(l2: Array, point: PyTree, value: Array, gradient: PyTree) -> tuple[Array, PyTree]:
-    decayed = gradient | {"weights": gradient["weights"] + l2 * point["weights"]}
-    return value + l2 / 2 * jnp.sum(point["weights"] ** 2), decayed
+    """The loss with ℓ2 at a point, from that of its weights; and the gradient there."""
+    scale = jnp.sqrt(1 + l2)
+    weights = point["weights"] / scale
+    decayed = gradient | {"weights": (gradient["weights"] + l2 * weights) / scale}
+    return value + l2 / 2 * jnp.sum(weights**2), decayed
 
 
 def _arrived(

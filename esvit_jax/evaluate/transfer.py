@@ -23,6 +23,7 @@ from esvit_jax.evaluate.features import (
 )
 from esvit_jax.evaluate.fewshot import too_few
 from esvit_jax.evaluate.knn import knn_ranks
+from esvit_jax.evaluate.linear import linear_probe
 from esvit_jax.evaluate.metrics import METRICS, rank_of_truth, spread
 from esvit_jax.evaluate.result import Result
 from esvit_jax.evaluate.sets import TransferSet
@@ -39,11 +40,13 @@ class Protocol:
       l2: to choose from; see `fast_probe`.
       seeds: of the images that have labels and of those that are held out; results are means.
       shots: images of each class that have labels, or None for all.
+      published: the probe is `linear_probe`, and none of the above.
     """
 
     l2: tuple[float, ...] = L2_GRID
     seeds: tuple[int, ...] = (0,)
     shots: int | None = None
+    published: bool = False
 
 
 # The benchmark (ELEVATER) trains its probe by SGD, and chooses learning rate and ℓ2. Ours is solved
@@ -51,6 +54,7 @@ class Protocol:
 PROTOCOLS = {
     "fast": Protocol(),
     "benchmark": Protocol(tuple(10.0**power for power in range(-6, 7)), (0, 1, 2)),
+    "linear": Protocol(published=True),
 }
 
 
@@ -87,7 +91,7 @@ class SetScores(NamedTuple):
       metric: of `METRICS`.
       images: that could be read, of the training and the test split.
       probe: of each seed.
-      l2: that each chose.
+      l2: that each chose; of the published protocol nothing.
       knn: of the `NEIGHBOURS` nearest of all training images; None where the metric needs scores,
         which votes are not.
     """
@@ -137,25 +141,35 @@ def transfer(
     opened: SetSources,
     protocol: Protocol,
     *,
+    keep_in: str,
     key: str | None = None,
     console: Console | None = None,
 ) -> SetScores:
     """Probes a network on one set.
 
-    The features are the view features of the images' centres; all of them are in memory.
+    The features are the view features of the images' centres; all of them are in memory. A probe by
+    the published protocol computes its own.
 
     Args:
       loaded: the network.
       opened: see `open_set`.
       protocol: of the probe.
+      keep_in: folder for the published protocol; see `linear_probe`.
       key: "teacher" or "student"; see `LoadedModel.network`.
       console: for signs of life; None is standard output.
 
     Raises:
-      UserError: a class has fewer images than shots; see `fast_probe` and `check_split`.
+      UserError: a class has fewer images than shots; the published protocol, which gives top-1,
+        does not give the set's metric; see `fast_probe` and `check_split`.
       RunError: features are not finite.
     """
     console = console or Console()
+    metric = opened.about.metric
+    if protocol.published and metric != "top1":
+        raise UserError(
+            f"it asks for {METRICS[metric].title}, and the published protocol gives top-1; take "
+            "another protocol"
+        )
     if opened.targets is None:
         train, test = (
             Split(*arrays)
@@ -164,10 +178,13 @@ def transfer(
         )  # fmt: skip
     else:
         train, test = _multilabel_features(loaded, opened, key, console)
-    metric = opened.about.metric
     doing = [f"probe of {opened.name}"]
-    with signs_of_life(lambda: doing[-1], console):
-        probe, l2 = _probes(train, test, opened, protocol, doing.append)
+    if protocol.published:
+        found = linear_probe(loaded, *opened.sources, keep_in=keep_in, key=key, console=console)
+        probe, l2 = [found.result.values[metric]], []
+    else:
+        with signs_of_life(lambda: doing[-1], console):
+            probe, l2 = _probes(train, test, opened, protocol, doing.append)
     knn = None
     if METRICS[metric].keep is rank_of_truth:
         with signs_of_life(lambda: f"k-NN of {opened.name}", console):
