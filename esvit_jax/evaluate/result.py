@@ -9,7 +9,9 @@ from typing import Any
 TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
 SUBJECTS = (TEACHER, RAW_PIXELS)
 # Units of quantities, by the first part of their names; what is not here has none.
-PERCENTS = ("top1", "top5", "top1_spread", "top5_spread", "mean_per_class", "map11", "roc_auc")
+PERCENTS = (
+    "top1", "top5", "top1_spread", "top5_spread", "mean_per_class", "map11", "roc_auc", "miou",
+)  # fmt: skip
 UNITS: dict[str, str] = dict.fromkeys(PERCENTS, "%")
 # How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
 # quantity apart; what is not here is written as it is.
@@ -26,6 +28,9 @@ TITLES = {
     "mean_per_class": "mean per class",
     "map11": "11-point mAP",
     "roc_auc": "ROC-AUC",
+    "dense": "dense probe",
+    "miou": "mean IoU",
+    "rmse": "RMSE",
 }
 PARAMETERS = {"knn": ("k", "temperature")}
 
