@@ -95,7 +95,7 @@ def test_few_shots_equal_scikit_learn(splits):
         assert one.values["top1"][i] == pytest.approx(expected)
     assert (one.images, one.l2) == (5, [DEFAULT_L2] * 2)
     assert five.images == 25 and set(five.l2) <= set(L2_GRID)
-    result = few_shot_result([one], "teacher", 3)
+    result = few_shot_result([one], 3)
     assert result.values == {
         "top1/1_shots": np.mean(one.values["top1"]),
         "top1_spread/1_shots": np.std(one.values["top1"], ddof=1),

@@ -337,6 +337,15 @@ def test_embed_of_two_processes_is_that_of_one(network, tmp_path):
 
 
 @pytest.mark.slow
+def test_few_shots_of_two_processes_are_those_of_one(one_process):
+    """The rows of each block of features are spread over all of their devices."""
+    arguments = (f"--workdir={one_process}", "--train_split=train[:300]", "--shots=1,5", "--json")
+    output, _ = finish(start_all(2, "fewshot", *arguments))
+    (alone,) = finish([start(0, "fewshot", *arguments)])
+    assert json_of(output) == json_of(alone)
+
+
+@pytest.mark.slow
 def test_one_device_goes_on_with_a_run_of_two_processes(stopped, one_process, tmp_path):
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
     process = start(0, "train", f"--workdir={workdir}", *OVERRIDES, devices=1)

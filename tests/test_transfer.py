@@ -244,6 +244,6 @@ def test_wins_and_results():
     ours = [scores([50.0, 70.0], 40.0), scores([30.0], None), scores([20.0], 10.0)]
     others = [scores([55.0], 40.0), scores([30.0], None), scores([10.0], 9.0)]
     assert wins(ours, others) == {"probe": (2, 3), "knn": (1, 2)}
-    probe, knn = transfer_results(ours[:1], "teacher", 3)
+    probe, knn = transfer_results(ours[:1], 3)
     assert probe.scalars() == {"transfer/top1/a": 60.0}
     assert knn.scalars() == {"transfer_knn/top1/a": 40.0}

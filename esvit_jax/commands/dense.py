@@ -94,12 +94,10 @@ def run(arguments: Any) -> None:
             )
             for one in data
         )  # fmt: skip
-    key = arguments.key or loaded.origin.get("key", "teacher")
     with signs_of_life(lambda: "training layers", console):
         probe = dense_probe(
             train, test, arguments.classes, epochs=arguments.epochs,
-            learning_rates=arguments.learning_rates or LEARNING_RATES, subject=key,
-            step=loaded.step,
+            learning_rates=arguments.learning_rates or LEARNING_RATES, step=loaded.step,
         )  # fmt: skip
 
     images = len(train.targets), len(test.targets)

@@ -85,7 +85,7 @@ def run(arguments: Any) -> None:
     console = Console(stderr=arguments.json, quiet=not first)
     out = report_file(arguments, FILE)
     loaded = load_network(arguments, out, first)
-    sources = open_splits(arguments, loaded, "a probe")
+    sources = open_splits(arguments, loaded.config, "a probe")
     num_classes = sources[0].num_classes
     if num_classes < 2:
         raise UserError(f"{sources[0].name} has one class; a probe needs two to tell apart")
@@ -100,7 +100,7 @@ def run(arguments: Any) -> None:
     if not first:
         return
     head = describe_splits(loaded, arguments.key, sources, (len(train[1]), len(test[1])))
-    result = few_shot_result(found, head["key"], loaded.step)
+    result = few_shot_result(found, loaded.step)
     amounts_found = [
         {"labels": str(one.labels), "images": one.images, "l2": one.l2, **one.values}
         for one in found

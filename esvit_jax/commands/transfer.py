@@ -180,7 +180,7 @@ def report_of(
         report["against"] = arguments.against
         report["sets_against"] = {one.name: scores_json(one) for one in found[1]}
         report["wins"] = wins(*found)
-    for result in transfer_results(found[0], key, loaded.step):
+    for result in transfer_results(found[0], loaded.step):
         report |= {f"{result.evaluation}/{name}": x for name, x in result.values.items()}
     return report
 

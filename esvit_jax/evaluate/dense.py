@@ -133,7 +133,6 @@ def dense_probe(
     epochs: int = EPOCHS,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-    subject: str = "teacher",
     step: int | None = None,
 ) -> DenseProbe:
     """Trains one layer for each learning rate, side by side, and tests the best.
@@ -150,7 +149,7 @@ def dense_probe(
       epochs: of training.
       batch_size: images a step.
       seed: of the order of images.
-      subject, step: of the network, for the result.
+      step: training steps behind the network, for the result.
 
     Raises:
       UserError: fewer than two images, or no pixel of a split counts.
@@ -169,7 +168,7 @@ def dense_probe(
     (value,) = _measure(picked, scale, test, num_classes)
     name = "miou" if num_classes else "rmse"
     images = len(own), len(held), len(test.targets)
-    return DenseProbe(Result("dense", {name: value}, subject, step), best, choices, images)
+    return DenseProbe(Result("dense", {name: value}, step=step), best, choices, images)
 
 
 class _Scale(NamedTuple):

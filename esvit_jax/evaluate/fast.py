@@ -99,8 +99,7 @@ def fast_linear(
     first, second = (ArrayBlocks(*split) for split in arrays)
     with signs_of_life(lambda: f"logistic regression, {len(l2)} strengths of ℓ2", console):
         probe = fast_probe(first, second, train.num_classes, l2=l2)
-    own = key or loaded.origin.get("key", "teacher")
-    result = Result("linear_fast", probe.values, own, loaded.step)
+    result = Result("linear_fast", probe.values, step=loaded.step)
     return FastLinear(result, probe, (len(arrays[0][1]), len(arrays[1][1])))
 
 

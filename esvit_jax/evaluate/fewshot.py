@@ -117,14 +117,14 @@ def few_shot(
     return found
 
 
-def few_shot_result(found: Sequence[FewShot], subject: str, step: int | None) -> Result:
+def few_shot_result(found: Sequence[FewShot], step: int | None) -> Result:
     """Means over seeds, and their spread."""
     values = {}
     for one in found:
         for name, percents in one.values.items():
             mean, deviation = spread(percents)
             values |= {f"{name}/{one.labels}": mean, f"{name}_spread/{one.labels}": deviation}
-    return Result("fewshot", values, subject, step)
+    return Result("fewshot", values, step=step)
 
 
 def few_shot_table(found: Sequence[FewShot]) -> Table:

@@ -246,12 +246,12 @@ def _multilabel_features(
     return found
 
 
-def transfer_results(scores: Sequence[SetScores], subject: str, step: int | None) -> list[Result]:
+def transfer_results(scores: Sequence[SetScores], step: int | None) -> list[Result]:
     """Of the probe and of k-NN: {"top1/cifar10": …}, means over seeds."""
     probe = {f"{one.metric}/{one.name}": spread(one.probe)[0] for one in scores}
     knn = {f"{one.metric}/{one.name}": one.knn for one in scores if one.knn is not None}
     found = [("transfer", probe), ("transfer_knn", knn)]
-    return [Result(name, values, subject, step) for name, values in found if values]
+    return [Result(name, values, step=step) for name, values in found if values]
 
 
 def wins(scores: Sequence[SetScores], others: Sequence[SetScores]) -> dict[str, tuple[int, int]]:
