@@ -14,6 +14,11 @@ from esvit_jax.errors import INTERRUPTED, USER_ERROR, RunError, Stalled, UserErr
 COMMANDS = {
     "train": ("esvit_jax.commands.train", "train a backbone, or go on with an interrupted run"),
     "knn": ("esvit_jax.commands.knn", "classify by nearest neighbours in feature space"),
+    "linear": ("esvit_jax.commands.linear", "train linear classifiers on a frozen backbone"),
+    "fewshot": ("esvit_jax.commands.fewshot", "classify with few labels"),
+    "transfer": ("esvit_jax.commands.transfer", "classify many data sets, one table"),
+    "dense": ("esvit_jax.commands.dense", "tell what each pixel is, or how far"),
+    "finetune": ("esvit_jax.commands.finetune", "train a backbone and a classifier on labels"),
     "embed": ("esvit_jax.commands.embed", "write the features of every image to a file"),
     "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),

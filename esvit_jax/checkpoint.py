@@ -20,8 +20,7 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.config_file import read_config, write_config
 from esvit_jax.errors import DiskFull, RunError, UserError
 from esvit_jax.models import EsViT, create_model
-from esvit_jax.optim import TeacherState
-from esvit_jax.state import TrainState, init_params, zero_centers
+from esvit_jax.state import ClassifierState, State, TrainState, init_params, zero_centers
 
 ITEMS = ("model", "training")
 NO_SPACE = os.strerror(errno.ENOSPC)
@@ -79,7 +78,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: TrainState | ClassifierState,
         *,
         force: bool = False,
         before: Callable[[], None] = lambda: None,
@@ -94,7 +93,7 @@ class Checkpoints:
         self.wait()
         before()
         self._being_saved = step
-        model, training = split_state(parallel.to_global(state))
+        model, training = parallel.to_global(state).to_items()
         with self._unsaved():
             self._manager.save(
                 step,
@@ -109,13 +108,13 @@ class Checkpoints:
         if jax.process_index() == 0 and self._being_saved is not None:
             checksums.write(whole.uncommitted(self._directory, self._being_saved))
 
-    def restore(self, state: TrainState) -> TrainState:
+    def restore(self, state: State) -> State:
         """The newest state, with the structure and shapes of `state`.
 
         Raises:
           UserError: it is damaged or of another shape.
         """
-        model, training = split_state(_abstract(state))
+        model, training = _abstract(state).to_items()
         step = self.latest_step()
         with _unreadable(self._directory, step):
             restored = self._manager.restore(
@@ -125,7 +124,7 @@ class Checkpoints:
                     training=ocp.args.StandardRestore(training),
                 ),
             )
-        return join_state(restored["model"], restored["training"])
+        return state.with_items(restored["model"], restored["training"])
 
     def wait(self) -> None:
         """Waits until what was started is on disk.
@@ -175,26 +174,6 @@ def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
             f"checkpoint {step} in {directory} is damaged, or does not fit the config.json beside "
             f"it: {reason[:300]}"
         ) from error
-
-
-def split_state(state: TrainState) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
-    """The items "model" and "training" of a checkpoint."""
-    *moments, teacher = state.opt_state
-    model = {"student": state.params, "teacher": teacher.params, "centers": state.centers}
-    counts = {"step": state.step, "bad": state.bad_steps, "skipped": state.skipped_steps}
-    return model, {"counts": counts, "opt_state": moments}
-
-
-def join_state(model: dict[str, PyTree], training: dict[str, PyTree]) -> TrainState:
-    """The inverse of `split_state`."""
-    return TrainState(
-        step=training["counts"]["step"],
-        params=model["student"],
-        opt_state=(*training["opt_state"], TeacherState(model["teacher"])),
-        centers=model["centers"],
-        bad_steps=training["counts"]["bad"],
-        skipped_steps=training["counts"]["skipped"],
-    )
 
 
 def _abstract(tree: PyTree) -> PyTree:

@@ -153,6 +153,27 @@ class _OnShards:
         return jax.tree.map(together, batch)
 
 
+def on_own_rows(
+    step: Callable[[PyTree, PyTree], PyTree], *, gathers: bool = False
+) -> Callable[[PyTree, PyTree], Any]:
+    """Runs step(own, everywhere) on all devices, where each has rows of its own.
+
+    Args:
+      step: pure, for one device; its first argument are this device's rows of arrays that
+        `spread_rows` has spread, its second arrays that all have.
+      gathers: its results are the same on all devices; else each has its rows of them.
+    """
+    rows, all_of_it = PartitionSpec(AXIS), PartitionSpec()
+    mapped = jax.shard_map(
+        step,
+        mesh=_mesh(),
+        in_specs=(rows, all_of_it),
+        out_specs=all_of_it if gathers else rows,
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
 def shard_sharding(shape: tuple[int, ...], mesh: Mesh | None = None) -> NamedSharding:
     """How "fsdp" spreads an array: along its longest axis that the devices divide, if any."""
     mesh = mesh or _mesh()
@@ -187,6 +208,12 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, x in batch.items()
         if isinstance(x, np.ndarray)
     }
+
+
+def spread_rows(x: np.ndarray) -> jax.Array:
+    """An array that every process has, its rows spread over all devices, which must divide them."""
+    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
+    return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
 
 
 def replicated_sharding() -> NamedSharding:

@@ -1,4 +1,6 @@
-"""What a step reads and writes."""
+"""What a step reads and writes, and as which two items a checkpoint keeps it."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from jaxtyping import PyTree
 
 from esvit_jax.models.backbone import Leaf
 from esvit_jax.models.esvit import EsViT
-from esvit_jax.optim import teacher_params
+from esvit_jax.optim import TeacherState, teacher_params
 
 
 @struct.dataclass
@@ -35,6 +37,62 @@ class TrainState:
     def teacher(self) -> PyTree:
         """The teacher's params."""
         return teacher_params(self.opt_state)
+
+    def to_items(self) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+        """The items "model" and "training" of a checkpoint."""
+        *moments, teacher = self.opt_state
+        model = {"student": self.params, "teacher": teacher.params, "centers": self.centers}
+        counts = {"step": self.step, "bad": self.bad_steps, "skipped": self.skipped_steps}
+        return model, {"counts": counts, "opt_state": moments}
+
+    def with_items(self, model: dict[str, PyTree], training: dict[str, PyTree]) -> "TrainState":
+        """The state whose `to_items` these are."""
+        return TrainState(
+            step=training["counts"]["step"],
+            params=model["student"],
+            opt_state=(*training["opt_state"], TeacherState(model["teacher"])),
+            centers=model["centers"],
+            bad_steps=training["counts"]["bad"],
+            skipped_steps=training["counts"]["skipped"],
+        )
+
+
+@struct.dataclass
+class ClassifierState:
+    """Everything that training on labels changes: a head, and of fine-tuning its backbone.
+
+    Attributes:
+      step: int32, updates made, and the position in the data.
+      params: what is trained, {"head"} or {"backbone", "head"}.
+      opt_state: of its optimiser.
+      frozen: the other of the two, if any.
+    """
+
+    step: Leaf
+    params: dict[str, PyTree]
+    opt_state: PyTree
+    frozen: dict[str, PyTree]
+
+    def to_items(self) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+        """The items of a checkpoint; the first is that of a converted backbone."""
+        both = self.params | self.frozen
+        model = {"teacher": {"backbone": both["backbone"]}}
+        return model, {"step": self.step, "head": both["head"], "opt_state": self.opt_state}
+
+    def with_items(
+        self, model: dict[str, PyTree], training: dict[str, PyTree]
+    ) -> "ClassifierState":
+        """The state whose `to_items` these are, with the same of them trained as here."""
+        both = {"backbone": model["teacher"]["backbone"], "head": training["head"]}
+        return ClassifierState(
+            step=training["step"],
+            params={name: both[name] for name in self.params},
+            opt_state=training["opt_state"],
+            frozen={name: both[name] for name in self.frozen},
+        )
+
+
+State = TypeVar("State", TrainState, ClassifierState)
 
 
 def init_params(model: EsViT, key: jax.Array) -> PyTree:

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 from esvit_jax import losses, prototypes
 from esvit_jax.models.esvit import EsViT
 from esvit_jax.optim import Schedule
-from esvit_jax.state import TrainState
+from esvit_jax.state import ClassifierState, TrainState
 
 AXIS = "data"
 
@@ -164,6 +164,35 @@ def train_step(
     new_state = next_state(state, (params, opt_state, centers), finite)
     scalars |= {"bad_steps": new_state.bad_steps, "skipped_steps": new_state.skipped_steps}
     return new_state, scalars, features
+
+
+def classifier_step(
+    state: ClassifierState,
+    batch: dict[str, Array],
+    *,
+    loss_of: Callable[..., tuple[Array, dict[str, PyTree[Array]]]],
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+) -> tuple[ClassifierState, dict[str, PyTree[Array]]]:
+    """One step of training on labels, on this device's share of the batch.
+
+    Args:
+      state, batch: replicated, and arrays [b, ...] of this device's images.
+      loss_of: (params, frozen, batch, two keys [b] an image) -> what is made small, and scalars.
+      optimizer: of `state.params`; its `update` is given the step.
+      seed: of the keys, which depend on seed, step and an image's place in the global batch only.
+
+    Returns:
+      The new state, and the scalars (mean over all devices).
+    """
+    keys = step_keys(
+        jax.random.fold_in(jax.random.key(seed), state.step), images=len(batch["label"])
+    )
+    gradients, scalars = jax.grad(loss_of, has_aux=True)(state.params, state.frozen, batch, keys)
+    gradients, scalars = jax.lax.pmean((gradients, scalars), AXIS)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
+    params: PyTree = optax.apply_updates(state.params, updates)
+    return ClassifierState(state.step + 1, params, opt_state, state.frozen), scalars
 
 
 def step_keys(key: Array, *, images: int) -> tuple[Array, Array]:

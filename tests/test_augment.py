@@ -266,6 +266,34 @@ def test_center_view_is_torchvisions(view_size, crop, resized):
         assert np.abs(result - expected).mean() < 0.6
 
 
+def test_random_view_is_a_crop_of_pillow_and_perhaps_a_flip():
+    images = [photo(path) for path in PHOTOS] * 2
+    keys = jax.random.split(jax.random.key(3), len(images))
+    canvas, size = map(
+        jnp.stack, zip(*[on_canvas(image, fill=None) for image in images], strict=True)
+    )
+    views = default_config().views
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    run = functools.partial(
+        aug.random_view, view_size=64, scale=scale, ratio=ratio, flip=0.5, mean=views.mean,
+        std=views.std,
+    )  # fmt: skip
+    ours = (np.asarray(jax.jit(run)(keys, canvas, size)) * views.std + views.mean) * 255
+    flips, areas = [], []
+    for result, key, image in zip(ours, keys, images, strict=True):
+        u = jax.random.uniform(key, (aug.BOX_DRAWS + 1,))
+        box = aug.random_crop_box(
+            u[:-1], jnp.array([image.height, image.width]), np.array(scale), ratio
+        )
+        y, x, h, w = map(int, box)
+        expected = image.crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
+        flips.append(bool(u[-1] < 0.5))
+        expected = ImageOps.mirror(expected) if flips[-1] else expected
+        assert np.abs(result - np.asarray(expected, np.float32)).mean() < 0.6
+        areas.append(h * w / (image.height * image.width))
+    assert set(flips) == {False, True} and max(areas) > 2 * min(areas)
+
+
 # -- Random parameters ----------------------------------------------------------------------------
 
 N = 20_000

@@ -45,8 +45,12 @@ def test_commands_exist():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "knn", "embed", "convert", "export", "bench", "plan", "doctor"]
-)
+    "command",
+    [
+        "train", "knn", "linear", "fewshot", "transfer", "dense", "finetune", "embed",
+        "convert", "export", "bench", "plan", "doctor",
+    ],
+)  # fmt: skip
 def test_flags_exist(command: str):
     lines = [
         line for line in code_of(TEXT) if re.match(rf"(esvit|GLIBC\S+ esvit) {command}\b", line)

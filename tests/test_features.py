@@ -1,9 +1,11 @@
 """Features of whole sources: values, small batches, images that cannot be read, progress."""
 
+import inspect
 import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,11 @@ import pytest
 from rich.console import Console
 
 from esvit_jax.data.sources import TFRecordSource, open_source
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import features as features_module
 from esvit_jax.evaluate.features import (
     FeatureExtractor,
+    check_split,
     fitting_batch_size,
     raw_pixels,
     view_features,
@@ -139,3 +143,31 @@ def test_a_quiet_console_is_quiet(fast, capsys):
     with signs_of_life(lambda: "work", Console(quiet=True)):
         busy(0.2)
     assert capsys.readouterr().out == ""
+
+
+class Split(NamedTuple):
+    name: str
+    split: str
+    length: int
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("labels", "features", "error", "message"),
+    [
+        ([], 1.0, UserError, r"photos test: none of 3 images can be read"),
+        ([0, -1], 1.0, UserError, r"photos test: 1 of 2 images have no label"),
+        ([0, 1], np.inf, RunError, r"photos test: the features of 2 of 2 images are not finite"),
+    ],
+)
+def test_splits_that_cannot_be_classified_with(labels, features, error, message):
+    split: Any = Split("photos", "test", 3)
+    with pytest.raises(error, match=message):
+        inspect.unwrap(check_split)(
+            split,
+            np.full((len(labels), 2), features, np.float32),
+            np.array(labels, np.int32),
+            "k-NN",
+        )

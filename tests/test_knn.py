@@ -3,15 +3,16 @@
 import inspect
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from esvit_jax.errors import RunError, UserError
+from esvit_jax.errors import UserError
 from esvit_jax.evaluate import knn
-from esvit_jax.evaluate.knn import check_split, knn_accuracy, knn_table
+from esvit_jax.evaluate.knn import knn_accuracy, knn_table
 
 GOLDEN = Path(__file__).parent / "data" / "knn.npz"
 SPLITS = ("train_features", "train_labels", "test_features", "test_labels")
@@ -94,7 +95,7 @@ def test_temperature_matters_and_small_ones_do_not_overflow():
     test, truth = np.array([[1, 0]], np.float32), np.array([0])
     for temperature, percent in ((1.0, 0.0), (0.07, 100.0), (1e-4, 100.0)):
         result = knn_accuracy(train, labels, test, truth, ks=(3,), temperature=temperature)
-        assert result["top1/3"] == percent
+        assert next(iter(result.values())) == percent
 
 
 def test_ties_go_to_the_lower_index_and_class():
@@ -130,19 +131,65 @@ def test_class_unknown_to_the_train_split_is_a_miss():
 
 
 def test_no_array_grows_with_test_times_train():
-    """The only arrays of the device step with both axes are a block, whatever n and m are."""
+    """The only array of a device with both axes is a block, whatever n and m are."""
     split = random_split(0, 300, 200, 4, 3)
     seen = set()
     merge = knn._merge
 
-    def spy(similarity, labels, test, train, train_labels):
-        seen.add((similarity.shape, labels.shape, test.shape, train.shape, train_labels.shape))
-        return merge(similarity, labels, test, train, train_labels)
+    def spy(own, test):
+        shapes = jax.tree.map(lambda x: x.shape, (*own["nearest"], test))
+        seen.add((*shapes, own["train"].shape, own["labels"].shape))
+        return merge(own, test)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn, "_merge", spy)
-        knn_accuracy(*split, ks=(10,), train_block=64, test_block=32)
-    assert seen == {((32, 10), (32, 10), (32, 4), (64, 4), (64,))}
+        knn._on_own_rows.cache_clear()
+        knn_accuracy(*split, ks=(10,), train_block=16, test_block=32)
+    knn._on_own_rows.cache_clear()
+    assert seen == {((32, 10), (32, 10), (32, 4), (16, 4), (16,))}
+
+
+@pytest.mark.parametrize("train_block", [1, 7, 16, 100])
+def test_devices_share_the_bank_as_if_one_had_it(train_block):
+    """Among many equal images, the lowest indices are the nearest, whichever device has them."""
+    assert jax.device_count() == 4
+    rng = np.random.default_rng(2)
+    # Cosines of these are exact in float32, so that equal ones are equal everywhere.
+    train = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 150)]
+    test = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 60)]
+    labels, truth = rng.integers(0, 6, 150), rng.integers(0, 6, 60)
+    ks = (1, 3, 20, 60)
+    expected = brute_force(train, labels, test, truth, ks)
+    found = knn_accuracy(train, labels, test, truth, ks=ks, train_block=train_block, test_block=25)
+    assert found == expected
+    order = np.argsort(-(test @ train.T), axis=1, kind="stable")
+    blocks = knn._nearest(train, labels, test, 60, train_block, 25)
+    np.testing.assert_array_equal(np.concatenate([x for _, x in blocks]), labels[order[:, :60]])
+
+
+def test_several_temperatures():
+    split = random_split(5, 80, 30, 6, 4)
+    several = knn_accuracy(*split, ks=(5, 20), temperature=(0.07, 0.5, 0.04))
+    assert list(several) == [
+        f"top{top}/{k}{t}" for t in ("", "/0.5", "/0.04") for k in (5, 20) for top in (1, 5)
+    ]  # fmt: skip
+    for t, name in ((0.07, ""), (0.5, "/0.5"), (0.04, "/0.04")):
+        expected = brute_force(*split, (5, 20), t)
+        found = {key: several[f"{key}{name}"] for key in expected}
+        assert found == pytest.approx(expected)
+    assert knn_accuracy(*split, ks=(5,), temperature=0.04) == {
+        name: several[name] for name in ("top1/5/0.04", "top5/5/0.04")
+    }
+
+
+def test_a_million_classes():
+    """Nothing is as large as the number of classes; top-5 is filled up as with few."""
+    labels = np.array([999_999, 7, 7])
+    train = np.array([[1, 0], [0, 1], [0.1, 1]], np.float32)
+    test = np.array([[1, 0], [0, 1], [0, 1], [0, 1]], np.float32)
+    truth = np.array([999_999, 7, 2, 500_000])  # 0 … 3 fill up
+    found = knn_accuracy(train, labels, test, truth, ks=(2,), num_classes=10**6)
+    assert found == {"top1/2": 50.0, "top5/2": 75.0}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +205,8 @@ def test_no_array_grows_with_test_times_train():
         ({"ks": ()}, r"ks = \(\): it must be"),
         ({"temperature": 0.0}, r"temperature = 0.0: it must be more than 0"),
         ({"temperature": float("nan")}, r"temperature = nan"),
+        ({"temperature": (0.07, -1.0)}, r"temperature = -1.0: it must be more than 0"),
+        ({"temperature": ()}, r"temperature = \(\): it must be more than 0"),
         ({"num_classes": 0}, r"num_classes = 0: it must be at least 1"),
         (
             {"test_features": np.array([[1, np.nan], [0, 1]], np.float32)},
@@ -191,10 +240,11 @@ def test_refuses(change, message):
 )
 def test_refuses_what_types_would_tell(change, message):
     """Types are checked in tests only."""
-    unchecked: Any = inspect.unwrap(knn_accuracy)
+    unchecked: Any = inspect.unwrap(knn.knn_ranks)
     eye, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
     arguments: dict[str, Any] = {
         "train_features": eye, "train_labels": labels, "test_features": eye, "test_labels": labels,
+        "ks": (1,),
     }  # fmt: skip
     with pytest.raises(UserError, match=message):
         unchecked(**arguments | change)
@@ -208,37 +258,15 @@ def test_results_are_named_after_the_neighbours_that_voted():
     assert result["top1/160"] == brute_force(*split, (200,))["top1/200"]
 
 
-class Split(NamedTuple):
-    name: str
-    split: str
-    length: int
-
-    def __len__(self):
-        return self.length
-
-
-@pytest.mark.parametrize(
-    ("labels", "features", "error", "message"),
-    [
-        ([], 1.0, UserError, r"photos test: none of 3 images can be read"),
-        ([0, -1], 1.0, UserError, r"photos test: 1 of 2 images have no label"),
-        ([0, 1], np.inf, RunError, r"photos test: the features of 2 of 2 images are not finite"),
-    ],
-)
-def test_splits_that_cannot_be_classified_with(labels, features, error, message):
-    split: Any = Split("photos", "test", 3)
-    with pytest.raises(error, match=message):
-        inspect.unwrap(check_split)(
-            split, np.full((len(labels), 2), features, np.float32), np.array(labels, np.int32)
-        )
+def cells_of(values):
+    screen = io.StringIO()
+    Console(file=screen, width=60).print(knn_table(values))
+    rows = [line for line in screen.getvalue().splitlines() if "│" in line]
+    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
 
 
 def test_table():
-    screen = io.StringIO()
-    console = Console(file=screen, width=60)
-    console.print(
-        knn_table({"top1/10": 72.3333, "top5/10": 98.0, "top1/20": 8.0, "top5/20": 9.996})
-    )
-    rows = [line for line in screen.getvalue().splitlines() if "│" in line]
-    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
-    assert cells == [["10", "72.33", "98.00"], ["20", "8.00", "10.00"]]
+    one = {"top1/10": 72.3333, "top5/10": 98.0, "top1/20": 8.0, "top5/20": 9.996}
+    assert cells_of(one) == [["10", "72.33", "98.00"], ["20", "8.00", "10.00"]]
+    two = {"top1/10": 70.0, "top5/10": 98.0, "top1/10/0.04": 8.0, "top5/10/0.04": 9.0}
+    assert cells_of(two) == [["10", "0.07", "70.00", "98.00"], ["10", "0.04", "8.00", "9.00"]]

@@ -83,6 +83,16 @@ def test_out_is_written_whatever_the_data(workdir, tmp_path, capsys):
     assert not (workdir / "knn.json").exists()
 
 
+def test_lists_of_k_and_temperatures(workdir, capsys):
+    main([f"--workdir={workdir}", "--k=10,20", "--temperature=0.07,0.04", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    names = [name for name in report if name.startswith("top1")]
+    assert names == ["top1/10", "top1/20", "top1/10/0.04", "top1/20/0.04"]
+    assert report["top1/10"] == pytest.approx(accuracy(workdir, "teacher")["top1/10"])
+    with pytest.raises(UserError, match=r"^--temperature: '0' is no number above 0$"):
+        main([f"--workdir={workdir}", "--temperature=0"])
+
+
 def test_json_alone_on_standard_output(workdir, capsys):
     main([f"--workdir={workdir}", "--key=student", "--json"])
     stdout, stderr = capsys.readouterr()

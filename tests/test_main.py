@@ -139,7 +139,7 @@ def test_names_that_are_no_text_can_be_printed(tmp_path):
     assert process.stdout == b"a\\udcff.jpg\n"
 
 
-@pytest.mark.parametrize("command", ["train", "knn", "embed", "completion"])
+@pytest.mark.parametrize("command", ["train", "knn", "linear", "finetune", "embed", "completion"])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import sys, contextlib, importlib; from esvit_jax.__main__ import COMMANDS\n"

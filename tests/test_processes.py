@@ -291,6 +291,25 @@ def network(tmp_path_factory) -> Path:
     return save_random(tmp_path_factory.mktemp("network") / "run", run_config(), seed=1)
 
 
+PROBE = ("--blocks=1,2", "--learning_rates=0.1,1", "--epochs=2", "--train_split=train[:80]")
+TUNE = ("--epochs=2", "--train_split=train[:80]", "--learning_rate=0.05", "--batch_size=20")
+
+
+@pytest.mark.parametrize("command", ["linear", "finetune"])
+def test_training_on_labels_by_two_processes_is_that_by_one(network, tmp_path, command):
+    """Two processes of two devices, and one of four."""
+    reports = []
+    for name, (count, devices) in {"two": (2, 2), "one": (1, 4)}.items():
+        flags = [f"--workdir={network}", "--test_split=test[:40]", "--json"]
+        flags += PROBE if command == "linear" else (*TUNE, f"--out={tmp_path / name}")
+        processes = start_all(count, command, *flags, devices=devices, stderr=subprocess.PIPE)
+        first, *silent = finish(processes)
+        assert [process.returncode for process in processes] == [0] * count
+        assert silent == [""] * (count - 1)
+        reports.append(json.loads(first) | {"workdir": ""})
+    assert reports[0] == reports[1]
+
+
 def embed_flags(network: Path, out: Path, split: str) -> list[str]:
     return [f"--workdir={network}", f"--out={out}", f"--split={split}", "--batch_size=20"]
 
@@ -315,6 +334,15 @@ def test_embed_of_two_processes_is_that_of_one(network, tmp_path):
     assert expected["region_features"].shape == (90, 2, 2, 16)
     for name in expected.files:
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.slow
+def test_few_shots_of_two_processes_are_those_of_one(one_process):
+    """The rows of each block of features are spread over all of their devices."""
+    arguments = (f"--workdir={one_process}", "--train_split=train[:300]", "--shots=1,5", "--json")
+    output, _ = finish(start_all(2, "fewshot", *arguments))
+    (alone,) = finish([start(0, "fewshot", *arguments)])
+    assert json_of(output) == json_of(alone)
 
 
 @pytest.mark.slow

@@ -38,4 +38,5 @@ def test_titles():
     assert heading("knn", "top1") == "k-NN top-1 (%)"
     assert heading("depth", "error") == "depth error"
     assert value_title("knn", "10") == "k = 10"
+    assert value_title("knn", "10/0.04") == "k = 10, temperature = 0.04"
     assert (value_title("linear", ""), value_title("fewshot", "5")) == ("teacher", "5")

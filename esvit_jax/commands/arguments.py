@@ -9,14 +9,16 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from esvit_jax.errors import UserError, renamed
+from esvit_jax.errors import RUN_ERROR, DiskFull, RunError, UserError, renamed
 
 if TYPE_CHECKING:
     from esvit_jax.config import ConfigDict
+
+Value = TypeVar("Value")
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +101,35 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number in a flag, for `add_argument(type=number)`.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+
+
+def above_zero(text: str) -> float:
+    """A number above 0 in a flag.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """Values with commas between them in a flag, for `add_argument(type=several(positive))`."""
+    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -193,6 +224,28 @@ def keep_standard_output() -> None:
     sys.stdout = open(  # noqa: SIM115 - for as long as the process lives
         own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
     )
+
+
+@contextmanager
+def ending_at_once(command: str) -> Iterator[None]:
+    """Ends the process, with one line, where a signal has stopped the work or a disk is full.
+
+    An ordinary exit would wait for the compiler, or flush files that have no room.
+
+    Args:
+      command: the name to complain under.
+    """
+    try:
+        yield
+    except RunError as error:
+        from esvit_jax.runlog.signals import Interrupted
+
+        if not isinstance(error, Interrupted | DiskFull):
+            raise
+        print(f"esvit {command}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RUN_ERROR)
 
 
 def check_writable(file: str, flag: str) -> None:

@@ -1,17 +1,15 @@
 """`esvit train`: train a backbone, or go on with an interrupted run."""
 
-import os
-import sys
-
 from esvit_jax.commands.arguments import (
     ConfigParser,
     add_processes,
     add_strict,
+    ending_at_once,
     path,
     processes,
     quiet_libraries,
 )
-from esvit_jax.errors import RUN_ERROR, DiskFull, renamed
+from esvit_jax.errors import renamed
 
 
 def main(argv: list[str]) -> None:
@@ -28,18 +26,10 @@ def main(argv: list[str]) -> None:
     from esvit_jax.analyze.summary import summarize
     from esvit_jax.buckets import reaching, waiting
     from esvit_jax.loop import train
-    from esvit_jax.runlog.signals import Interrupted
 
     quiet_libraries()
-    try:
-        with processes(arguments, "train"), renamed(workdir="--workdir"):
-            result = train(config, arguments.workdir, strict=arguments.strict)
-            if jax.process_index() == 0:
-                with reaching(result.workdir), waiting(result.workdir):
-                    summarize(config, result.workdir, Console())
-    # Perhaps while compiling, which an ordinary exit waits for; or with files that it cannot flush.
-    except (Interrupted, DiskFull) as error:
-        print(f"esvit train: {error}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(RUN_ERROR)
+    with ending_at_once("train"), processes(arguments, "train"), renamed(workdir="--workdir"):
+        result = train(config, arguments.workdir, strict=arguments.strict)
+        if jax.process_index() == 0:
+            with reaching(result.workdir), waiting(result.workdir):
+                summarize(config, result.workdir, Console())

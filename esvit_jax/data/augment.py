@@ -151,6 +151,41 @@ def center_view(
     return jax.vmap(of_one_image)(canvas, size)
 
 
+def random_view(
+    keys: Key[Array, " b"],
+    canvas: UInt8[Array, "b s s 3"],
+    size: Int[Array, "b 2"],
+    *,
+    view_size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Float[Array, "b {view_size} {view_size} 3"]:
+    """The view that classifiers are trained on: a random resized crop, flipped or not.
+
+    Args:
+        keys: one PRNG key an image.
+        canvas: images in the top-left corners of squares.
+        size: true heights and widths, pixels.
+        view_size: pixels along a side of the view.
+        scale: least and largest share of the image's area.
+        ratio: least and largest width over height.
+        flip: probability of a horizontal flip.
+        mean: of red, green, blue in 0..1; subtracted.
+        std: likewise; divided by.
+    """
+
+    def of_one_image(key, canvas, size):
+        u = jax.random.uniform(key, (BOX_DRAWS + 1,))
+        box = random_crop_box(u[:BOX_DRAWS], size, np.array(scale), ratio)
+        view = resized_crop(to_levels(canvas), box, view_size, flip=u[BOX_DRAWS] < flip)
+        return normalize(view, mean, std)
+
+    return jax.vmap(of_one_image)(keys, canvas, size)
+
+
 def sample_parameters(
     key: Key[Array, ""], size: Int[Array, " 2"], views: ViewSection
 ) -> ViewParameters:

@@ -151,7 +151,7 @@ Source = IndexedSource | TFRecordSource
 
 
 @dataclasses.dataclass(frozen=True)
-class _TfdsRecords:
+class TfdsRecords:
     """Records of array_record (or Parquet) files; reads neither TensorFlow nor other features.
 
     A record that cannot be read, as its file was cut off since, has no bytes, so decoding names it.
@@ -167,10 +167,12 @@ class _TfdsRecords:
     def __len__(self) -> int:
         return len(self.raw)
 
-    def __getitem__(self, index: int) -> Record:
+    def id(self, index: int) -> str:
         shard = bisect.bisect_right(self.starts, index) - 1
         filename, first = self.shards[shard]
-        name = f"{filename}__{first + index - self.starts[shard]}"
+        return f"{filename}__{first + index - self.starts[shard]}"
+
+    def __getitem__(self, index: int) -> Record:
         try:
             example: Any = self.features.deserialize_example_np(
                 self.raw[index], decoders={self.image_key: tfds.decode.SkipDecoding()}
@@ -179,7 +181,7 @@ class _TfdsRecords:
             image = example[self.image_key]
         except (TypeError, ValueError, RuntimeError, OSError, message.Error):
             image, label = None, -1
-        return {"image": b"" if image is None else image, "label": label, "id": name}
+        return {"image": b"" if image is None else image, "label": label, "id": self.id(index)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         except UserError as error:
             raise _name_error(name, error.message) from error
     with buckets.reaching(place), buckets.waiting(place):
-        return _open_tfds(name, split, _tfds_builder(name, data_dir))
+        return _open_tfds(name, split, tfds_builder(name, data_dir))
 
 
 def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
@@ -261,7 +263,7 @@ def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
         if "://" not in file.filename and not Path(file.filename).exists():
             raise _name_error(name, f"it is no whole TFDS data set: {file.filename} is missing")
     keys = [key for key in (image_key, label_key) if key]
-    records = _TfdsRecords(
+    records = TfdsRecords(
         raw=raw,
         features=tfds.features.FeaturesDict({key: info.features[key] for key in keys}),
         image_key=image_key,
@@ -272,7 +274,8 @@ def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
     return IndexedSource(name, split, class_names, records)
 
 
-def _tfds_builder(name: str, data_dir: str | None) -> _Builder:
+def tfds_builder(name: str, data_dir: str | None) -> _Builder:
+    """What TFDS knows of a data set that is no folder; see `open_source`."""
     if name.startswith("bundled/"):
         directory = BUNDLED / name.removeprefix("bundled/")
         if not (directory / "features.json").is_file():

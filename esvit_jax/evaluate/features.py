@@ -1,4 +1,4 @@
-"""Features of every image of a source, computed on all devices."""
+"""Features of every image of a source, computed on all devices; those of splits with labels."""
 
 import functools
 import time
@@ -7,13 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
 
 from esvit_jax import parallel, steps
+from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.augment import center_view
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import Source
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.models import Backbone
+from esvit_jax.runlog.alive import signs_of_life
 
 
 def evaluation_images(config: ConfigDict, batch: dict[str, jax.Array]) -> jax.Array:
@@ -137,3 +142,67 @@ class FeatureExtractor:
         parts = [(batch["features"], batch["label"]) for batch in self.batches(params, source)]
         features, labels = zip(*parts, strict=True)
         return np.concatenate(features), np.concatenate(labels)
+
+
+def labelled_features(
+    loaded: LoadedModel,
+    sources: Sequence[Source],
+    what: str,
+    *,
+    key: str | None = None,
+    console: Console | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """View features f32[n, d] and labels int32[n] of each split, in memory.
+
+    Args:
+      loaded: the network.
+      sources: of the splits; n may be less than their lengths, as images that cannot be read are
+        left out.
+      what: needs the labels, such as "k-NN".
+      key: "teacher" or "student"; see `LoadedModel.network`.
+      console: for signs of life; None is standard output.
+
+    Raises:
+      UserError, RunError: see `check_split`.
+    """
+    params = parallel.replicate(loaded.network(key)["backbone"], loaded.config.parallel)
+    extract = view_features(loaded.model.backbone, loaded.config)
+    extractor = FeatureExtractor(extract, loaded.config, sources)
+    found = []
+    with signs_of_life(extractor.describe, console or Console()):
+        for source in sources:
+            features, labels = extractor.arrays(params, source)
+            check_split(source, features, labels, what)
+            found.append((features, labels))
+    return found
+
+
+def check_split(
+    source: Source,
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    what: str,
+) -> None:
+    """Refuses features and labels from which nothing can be learned.
+
+    Args:
+      source: whose they are.
+      features, labels: of the images that could be read.
+      what: needs them, such as "k-NN".
+
+    Raises:
+      UserError: no image could be read, or some have no label.
+      RunError: features are not finite.
+    """
+    where = f"{source.name} {source.split}"
+    if len(labels) == 0:
+        raise UserError(f"{where}: none of {len(source)} images can be read; {what} needs some")
+    if unlabelled := int(np.sum(labels < 0)):
+        raise UserError(
+            f"{where}: {unlabelled} of {len(labels)} images have no label; {what} needs all of them"
+        )
+    if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
+        raise RunError(
+            f"{where}: the features of {bad} of {len(features)} images are not finite; the network "
+            "diverged, evaluate an earlier checkpoint"
+        )

@@ -4,18 +4,24 @@ The devices find the neighbours, block by block; the host counts the votes in fl
 neither the order of a parallel sum nor its rounding decides which class wins.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from rich.table import Table
 
-from esvit_jax.data.sources import Source, TFRecordSource
-from esvit_jax.errors import RunError, UserError
+from esvit_jax import parallel
+from esvit_jax.errors import UserError
+from esvit_jax.evaluate.metrics import top
 from esvit_jax.evaluate.result import Result
+from esvit_jax.steps import AXIS
+
+# Of the published protocol; results at this temperature are not named after it.
+TEMPERATURE = 0.07
 
 
 def knn_accuracy(
@@ -25,7 +31,7 @@ def knn_accuracy(
     test_labels: Int[np.ndarray, " m"],
     *,
     ks: Sequence[int] = (10, 20, 100, 200),
-    temperature: float = 0.07,
+    temperature: float | Sequence[float] = TEMPERATURE,
     num_classes: int | None = None,
     train_block: int = 8192,
     test_block: int = 512,
@@ -43,10 +49,13 @@ def knn_accuracy(
       with five classes or fewer top-5 is therefore 100.
     - With fewer than k train images all of them vote, and the result is named after their number:
       of 160 train images and ks (20, 200) come "top1/20" and "top1/160".
+    - At another temperature than 0.07 the result is named after it, too: "top1/20/0.04".
 
-    Memory on the device: test features, `max(ks)` neighbours of each test image, one block of
-    train features and one [test_block, train_block] block of similarities. Nothing grows with
-    n × m, and the train features cross to the device once.
+    Each device compares a share of the train images, and what they find is merged at the end; on
+    any number of devices the result is the same. Memory on each: test features, `max(ks)`
+    neighbours of each test image, one block of train features and one [test_block, train_block]
+    block of similarities. Nothing grows with n × m or with the number of classes, and the train
+    features cross to the devices once.
 
     Args:
       train_features: f32[n, d] on the host, not normalised.
@@ -54,27 +63,58 @@ def knn_accuracy(
       test_features: f32[m, d], likewise.
       test_labels: int[m]; a class that no train image has is legal.
       ks: numbers of neighbours, each at least 1.
-      temperature: of the votes.
+      temperature: of the votes, or several.
       num_classes: classes there are; None takes the largest label plus 1.
-      train_block: train images compared at a time.
+      train_block: train images that a device compares at a time.
       test_block: test images compared at a time.
 
     Returns:
-      `{"top1/10": percent, "top5/10": percent, ...}`, two entries for each k in the order of `ks`.
+      `{"top1/10": percent, "top5/10": percent, ...}`, two entries for each k in the order of `ks`,
+      for one temperature after another.
 
     Raises:
       UserError: no images, another number of labels than of images, images without a label (-1),
         labels ≥ `num_classes`, features of two lengths or not finite (they would count as hits), a
         k that is no whole number from 1, or a temperature that is not positive.
     """
-    _check_arguments(ks, temperature, num_classes, train_features, test_features)
+    ranks = knn_ranks(
+        train_features, train_labels, test_features, test_labels, ks=ks, temperature=temperature,
+        num_classes=num_classes, train_block=train_block, test_block=test_block,
+    )  # fmt: skip
+    return {f"top{k}/{name}": top(k, rank) for name, rank in ranks.items() for k in (1, 5)}
+
+
+def knn_ranks(
+    train_features: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test_features: Float[np.ndarray, "m d"],
+    test_labels: Int[np.ndarray, " m"],
+    *,
+    ks: Sequence[int],
+    temperature: float | Sequence[float] = TEMPERATURE,
+    num_classes: int | None = None,
+    train_block: int = 8192,
+    test_block: int = 512,
+) -> dict[str, Int[np.ndarray, " m"]]:
+    """How many classes come before each test image's own; all else is as of `knn_accuracy`.
+
+    Returns:
+      {"10": int[m], "10/0.04": …}, by k and temperature.
+
+    Raises:
+      UserError: see `knn_accuracy`.
+    """
+    several = not isinstance(temperature, int | float)
+    temperatures = tuple(dict.fromkeys(temperature)) if several else (temperature,)
+    _check_arguments(ks, temperatures, num_classes, train_features, test_features)
     largest = max(train_labels.max(initial=-1), test_labels.max(initial=-1))
     num_classes = int(largest) + 1 if num_classes is None else num_classes
     _check_images("train", train_features, train_labels, num_classes)
     _check_images("test", test_features, test_labels, num_classes)
 
     ks = tuple(dict.fromkeys(min(int(k), len(train_labels)) for k in ks))
-    hits = {f"top{top}/{k}": 0 for k in ks for top in (1, 5)}
+    names = {(t, k): str(k) if t == TEMPERATURE else f"{k}/{t:g}" for t in temperatures for k in ks}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names.values()}
     neighbours = _nearest(
         train_features, train_labels, test_features, max(ks), train_block, test_block
     )
@@ -82,61 +122,40 @@ def knn_accuracy(
     for similarity, labels in neighbours:
         truth = test_labels[start : start + len(labels)]
         start += len(labels)
-        for k in ks:
-            rank = _rank_of_truth(similarity[:, :k], labels[:, :k], truth, temperature, num_classes)
-            hits[f"top1/{k}"] += int(np.sum(rank < 1))
-            hits[f"top5/{k}"] += int(np.sum(rank < 5))
-    return {name: 100.0 * count / len(test_labels) for name, count in hits.items()}
+        for (t, k), name in names.items():
+            found[name].append(_rank_of_truth(similarity[:, :k], labels[:, :k], truth, t))
+    return {name: np.concatenate(ranks) for name, ranks in found.items()}
 
 
 def knn_table(values: Mapping[str, float]) -> Table:
     """What `knn_accuracy` returned, as a table: a row for each k, top-1 and top-5 in percent."""
-    table = Table("k", "top-1 %", "top-5 %", title="k-NN")
+    result = Result("knn", values)
+    top1, top5 = result.quantity("top1"), result.quantity("top5")
+    several = any("/" in which for which in top1)
+    columns = ("k", "temperature") if several else ("k",)
+    table = Table(*columns, "top-1 %", "top-5 %", title="k-NN")
     for column in table.columns:
         column.justify = "right"
-    result = Result("knn", values)
-    top5 = result.quantity("top5")
-    for k, top1 in result.quantity("top1").items():
-        table.add_row(k, f"{top1:.2f}", f"{top5[k]:.2f}")
+    for which, percent in top1.items():
+        k, _, temperature = which.partition("/")
+        own = (k, temperature or f"{TEMPERATURE:g}") if several else (k,)
+        table.add_row(*own, f"{percent:.2f}", f"{top5[which]:.2f}")
     return table
-
-
-def check_split(
-    source: Source | TFRecordSource,
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-) -> None:
-    """Refuses what `knn_accuracy` would refuse of a split, by the names of data set and split.
-
-    Raises:
-      UserError: no image could be read, or some have no label.
-      RunError: features are not finite.
-    """
-    where = f"{source.name} {source.split}"
-    if len(labels) == 0:
-        raise UserError(f"{where}: none of {len(source)} images can be read; k-NN needs some")
-    if unlabelled := int(np.sum(labels < 0)):
-        raise UserError(
-            f"{where}: {unlabelled} of {len(labels)} images have no label; k-NN needs all of them"
-        )
-    if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
-        raise RunError(
-            f"{where}: the features of {bad} of {len(features)} images are not finite; the network "
-            "diverged, evaluate an earlier checkpoint"
-        )
 
 
 def _check_arguments(
     ks: Sequence[int | float],
-    temperature: float,
+    temperatures: Sequence[float],
     num_classes: int | None,
     train_features: np.ndarray,
     test_features: np.ndarray,
 ) -> None:
     if not ks or not all(isinstance(k, int | np.integer) and k >= 1 for k in ks):
         raise UserError("it must be whole numbers from 1 up", argument="ks", value=tuple(ks))
-    if not 0 < temperature < float("inf"):
-        raise UserError("it must be more than 0", argument="temperature", value=temperature)
+    wrong = [x for x in temperatures if not 0 < x < float("inf")]
+    if wrong or not temperatures:
+        value = wrong[0] if wrong else temperatures
+        raise UserError("it must be more than 0", argument="temperature", value=value)
     if num_classes is not None and num_classes < 1:
         raise UserError("it must be at least 1", argument="num_classes", value=num_classes)
     if train_features.shape[1] != test_features.shape[1]:
@@ -165,6 +184,13 @@ def _check_images(split: str, features: np.ndarray, labels: np.ndarray, num_clas
         raise UserError(f"{split}_features: {bad} of {len(features)} vectors are not finite")
 
 
+class _Nearest(NamedTuple):
+    """The k nearest train images found so far of each test image of a block, the nearest first."""
+
+    similarity: Array | np.ndarray  # f32[b, k]
+    labels: Array | np.ndarray  # int32[b, k]
+
+
 def _nearest(
     train_features: np.ndarray,
     train_labels: np.ndarray,
@@ -176,52 +202,91 @@ def _nearest(
     """Yields similarities and labels of the min(k, n) nearest, for one test block after another."""
     k = min(k, len(train_features))
     test_block = min(test_block, len(test_features))
-    tests = [jnp.asarray(block) for block in _blocks(test_features, test_block, fill=0)]
-    nearest = [(jnp.full((test_block, k), -jnp.inf), jnp.full((test_block, k), -1)) for _ in tests]
-
-    train_block = min(train_block, len(train_features))
-    trains = _blocks(train_features, train_block, fill=0)
-    labels = _blocks(train_labels.astype(np.int32), train_block, fill=-1)
-    # Train blocks are the outer loop: they are what may not fit on the device all at once.
-    for train, label in zip(trains, labels, strict=True):
-        train, label = jnp.asarray(train), jnp.asarray(label)
+    tests = [jnp.asarray(block) for block in _blocks(test_features, test_block)]
+    tests = parallel.replicate(tests, "shard_map")
+    shape = (jax.device_count() * test_block, k)
+    nothing = _Nearest(np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32))
+    nearest = [jax.tree.map(parallel.spread_rows, nothing) for _ in tests]
+    merge, gather = _on_own_rows()
+    # Train blocks are the outer loop: they are what may not fit on the devices all at once.
+    for train, labels in _shares(train_features, train_labels, train_block):
+        own = {"train": parallel.spread_rows(train), "labels": parallel.spread_rows(labels)}
         nearest = [
-            _merge(*found, test, train, label) for found, test in zip(nearest, tests, strict=True)
+            merge(own | {"nearest": found}, test)
+            for found, test in zip(nearest, tests, strict=True)
         ]
 
     remaining = len(test_features)
-    for similarity, label in nearest:
-        yield np.asarray(similarity)[:remaining], np.asarray(label)[:remaining]
+    for found in nearest:
+        similarity, labels = (np.asarray(x) for x in gather(found, ()))
+        yield similarity[:remaining], labels[:remaining]
         remaining -= test_block
 
 
-def _blocks(array: np.ndarray, size: int, fill: int) -> Iterator[np.ndarray]:
-    """Cuts the rows into blocks of one size, so that there is one compilation; `fill` pads."""
+def _shares(
+    features: np.ndarray, labels: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of `size` rows of each device's share of the train images, device after device.
+
+    A device has the images that follow those of the device before. Label -1 is padding.
+    """
+    n, devices = len(labels), jax.device_count()
+    share = -(-n // devices)
+    size = min(size, share)
+    for start in range(0, share, size):
+        place = start + np.arange(size)
+        rows = share * np.arange(devices)[:, None] + place
+        real = (place < share) & (rows < n)
+        rows = np.minimum(rows, n - 1).ravel()
+        yield features[rows], np.where(real.ravel(), labels[rows], -1).astype(np.int32)
+
+
+def _blocks(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Cuts the rows into blocks of one size, so that there is one compilation; zeros pad."""
     for start in range(0, len(array), size):
         block = array[start : start + size]
-        padding = [(0, size - len(block))] + [(0, 0)] * (array.ndim - 1)
-        yield np.pad(block, padding, constant_values=fill)
+        yield np.pad(block, [(0, size - len(block)), (0, 0)])
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
-def _merge(
-    similarity: Float[Array, "b k"],
-    labels: Int[Array, "b k"],
-    test: Float[Array, "b d"],
-    train: Float[Array, "t d"],
-    train_labels: Int[Array, " t"],
-) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """The k nearest among those found so far and one more train block (label -1 is padding)."""
+@cache
+def _on_own_rows() -> tuple[Callable[..., _Nearest], Callable[..., _Nearest]]:
+    """`_merge` and `_gather` on all devices, compiled once a process."""
+    return parallel.on_own_rows(_merge), parallel.on_own_rows(_gather, gathers=True)
+
+
+def _merge(own: dict[str, PyTree[Array]], test: Float[Array, "b d"]) -> _Nearest:
+    """The k nearest on this device among those found so far and one more train block.
+
+    Args:
+      own: what was found so far in "nearest", and features f32[t, d] in "train", with "labels"
+        int32[t] (-1 is padding).
+      test: features of the test block.
+    """
+    found, train, labels = own["nearest"], own["train"], own["labels"]
     # HIGHEST, because accelerators otherwise multiply in bfloat16 or TF32 and reorder neighbours.
     new = jnp.einsum(
         "b d, t d -> b t", _normalize(test), _normalize(train), precision=jax.lax.Precision.HIGHEST
     )
-    new = jnp.where(train_labels >= 0, new, -jnp.inf)
-    # top_k prefers the lower index among equals: what was found earlier comes first.
-    both = jnp.concatenate([similarity, new], axis=1)
-    both_labels = jnp.concatenate([labels, jnp.broadcast_to(train_labels, new.shape)], axis=1)
-    similarity, index = jax.lax.top_k(both, similarity.shape[1])
-    return similarity, jnp.take_along_axis(both_labels, index, axis=1)
+    new = jnp.where(labels >= 0, new, -jnp.inf)
+    both = _Nearest(
+        jnp.concatenate([found.similarity, new], axis=1),
+        jnp.concatenate([found.labels, jnp.broadcast_to(labels, new.shape)], axis=1),
+    )
+    return _first(both, found.similarity.shape[1])
+
+
+def _gather(own: _Nearest, _: tuple[()]) -> _Nearest:
+    """The k nearest among those of all devices."""
+    every = jax.lax.all_gather(own, AXIS, axis=1, tiled=True)
+    return _first(every, own.similarity.shape[1])
+
+
+def _first(nearest: _Nearest, k: int) -> _Nearest:
+    """The k nearest of some, in order."""
+    # top_k prefers the lower index among equals: what was found earlier comes first, and of two
+    # devices, the images of the first come before those of the second.
+    similarity, index = jax.lax.top_k(nearest.similarity, k)
+    return _Nearest(similarity, jnp.take_along_axis(nearest.labels, index, axis=1))
 
 
 def _normalize(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -233,16 +298,24 @@ def _rank_of_truth(
     labels: Int[np.ndarray, "b k"],
     truth: Int[np.ndarray, " b"],
     temperature: float,
-    num_classes: int,
 ) -> Int[np.ndarray, " b"]:
-    """Number of classes predicted before the true one."""
+    """Number of classes predicted before the true one.
+
+    Only classes that got votes are held: a row has at most k of them, however many there are.
+    """
     # Relative to the nearest neighbour, so that a small temperature cannot overflow.
     weights = np.exp((similarity - similarity[:, :1]).astype(np.float64) / temperature)
+    size = 1 + max(int(labels.max()), int(truth.max()))
     rows = np.arange(len(truth))
-    cells = rows[:, None] * num_classes + labels
-    votes = np.bincount(cells.ravel(), weights.ravel(), minlength=len(truth) * num_classes)
-    votes = votes.reshape(len(truth), num_classes)
-    own = votes[rows, truth][:, None]
-    lower = np.arange(num_classes) < truth[:, None]
-    ahead = (votes > own) | ((votes == own) & lower)
-    return ahead.sum(axis=1)
+    cells, where = np.unique(rows[:, None] * size + labels, return_inverse=True)
+    votes = np.bincount(where.ravel(), weights.ravel(), minlength=len(cells))
+    row, label = np.divmod(cells, size)
+
+    at = np.minimum(np.searchsorted(cells, rows * size + truth), len(cells) - 1)
+    own = np.where(cells[at] == rows * size + truth, votes[at], 0.0)
+    lower = label < truth[row]
+    ahead = (votes > own[row]) | ((votes == own[row]) & lower)
+    rank = np.bincount(row[ahead], minlength=len(truth))
+    # Without a vote, the true class comes after all lower ones that have none either.
+    unnamed = truth - np.bincount(row[lower], minlength=len(truth))
+    return rank + np.where(own == 0, unnamed, 0)

@@ -7,8 +7,8 @@ from jaxtyping import PyTree
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
-from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels, view_features
-from esvit_jax.evaluate.knn import check_split, knn_accuracy
+from esvit_jax.evaluate.features import FeatureExtractor, check_split, raw_pixels, view_features
+from esvit_jax.evaluate.knn import knn_accuracy
 from esvit_jax.evaluate.result import RAW_PIXELS, TEACHER, Result
 from esvit_jax.models import create_model
 
@@ -62,7 +62,7 @@ class KnnEvaluator:
         found = []
         for source in self._sources:
             features, labels = extractor.arrays(params, source)
-            check_split(source, features, labels)
+            check_split(source, features, labels, "k-NN")
             found.append((features, labels))
         train, test = found
         with renamed(ks="config.evaluate.k"):

@@ -9,11 +9,30 @@ from typing import Any
 TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
 SUBJECTS = (TEACHER, RAW_PIXELS)
 # Units of quantities, by the first part of their names; what is not here has none.
-UNITS = {"top1": "%", "top5": "%"}
+PERCENTS = (
+    "top1", "top5", "top1_spread", "top5_spread", "mean_per_class", "map11", "roc_auc", "miou",
+)  # fmt: skip
+UNITS: dict[str, str] = dict.fromkeys(PERCENTS, "%")
 # How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
 # quantity apart; what is not here is written as it is.
-TITLES = {"knn": "k-NN", "top1": "top-1", "top5": "top-5"}
-PARAMETERS = {"knn": "k"}
+TITLES = {
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "finetune": "fine-tuning",
+    "linear_fast": "fast linear probe",
+    "fewshot": "few labels",
+    "transfer": "transfer, probe",
+    "transfer_knn": "transfer, k-NN",
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "map11": "11-point mAP",
+    "roc_auc": "ROC-AUC",
+    "dense": "dense probe",
+    "miou": "mean IoU",
+    "rmse": "RMSE",
+}
+PARAMETERS = {"knn": ("k", "temperature")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +95,10 @@ def value_title(evaluation: str, which: str) -> str:
     """For columns and legends, what tells a value of a quantity from the others: "k = 10"."""
     if not which:
         return "teacher"
-    return f"{PARAMETERS[evaluation]} = {which}" if evaluation in PARAMETERS else which
+    if evaluation not in PARAMETERS:
+        return which
+    named = zip(PARAMETERS[evaluation], which.split("/"), strict=False)
+    return ", ".join(f"{name} = {value}" for name, value in named)
 
 
 def results_of_line(line: Mapping[str, Any]) -> list[Result]:
