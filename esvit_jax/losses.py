@@ -159,15 +159,21 @@ def match_regions(
       int[..., s] in 0..t-1; the choice has no gradient.
     """
 
+    features = student_features, teacher_features
+    return jnp.argmax(region_similarity(*map(jax.lax.stop_gradient, features)), axis=-1)
+
+
+def region_similarity(
+    first: Float[Array, "*#b s d"], second: Float[Array, "*#b t d"]
+) -> Float[Array, "*b s t"]:
+    """The cosine of every region of one map with every one of another, in float32."""
+
     def unit(x):
-        x = jax.lax.stop_gradient(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
     # Full float32: a coarser product would break ties between near neighbours by rounding.
-    similarity = jnp.einsum(
-        "...sd,...td->...st", unit(student_features), unit(teacher_features), precision=HIGHEST
-    )
-    return jnp.argmax(similarity, axis=-1)
+    return jnp.einsum("...sd,...td->...st", unit(first), unit(second), precision=HIGHEST)
 
 
 def _different_views(student_views: int, first: int = 0) -> np.ndarray:

@@ -137,16 +137,9 @@ def center_view(
         mean: of red, green, blue in 0..1; subtracted.
         std: likewise; divided by.
     """
-    shorter = round(view_size / crop)
 
     def of_one_image(canvas, size):
-        resized = shorter * size // size.min()
-        first = jnp.round((resized - view_size).astype(jnp.float32) / 2)
-        rows, columns = (
-            bicubic_weights(canvas.shape[i], view_size, 0, size[i], resized[i], first[i])
-            for i in range(2)
-        )
-        return normalize(resample(to_levels(canvas), rows, columns), mean, std)
+        return normalize(center_crop(to_levels(canvas), size, view_size, crop), mean, std)
 
     return jax.vmap(of_one_image)(canvas, size)
 
@@ -184,6 +177,19 @@ def random_view(
         return normalize(view, mean, std)
 
     return jax.vmap(of_one_image)(keys, canvas, size)
+
+
+def center_crop(
+    image: Image, size: Int[Array, " 2"], view_size: int, crop: float
+) -> Float[Array, "3 {view_size} {view_size}"]:
+    """The levels of `center_view`, of one image of the true size (height, width)."""
+    resized = round(view_size / crop) * size // size.min()
+    first = jnp.round((resized - view_size).astype(jnp.float32) / 2)
+    rows, columns = (
+        bicubic_weights(image.shape[1 + i], view_size, 0, size[i], resized[i], first[i])
+        for i in range(2)
+    )
+    return resample(image, rows, columns)
 
 
 def sample_parameters(

@@ -32,6 +32,20 @@ class StageInfo(NamedTuple):
     num_features: int
 
 
+class BlockInfo(NamedTuple):
+    """How one block attends.
+
+    Attributes:
+      stage: of the block, from 0.
+      window_size: tokens along a side of its windows.
+      shift: tokens by which the map is rolled up and left before it is cut into windows.
+    """
+
+    stage: int
+    window_size: int
+    shift: int
+
+
 @struct.dataclass
 class BackboneOutput:
     """What a backbone returns for a batch of images, all float32.
@@ -68,6 +82,11 @@ class Backbone(nn.Module):
     @property
     def stages(self) -> tuple[StageInfo, ...]:
         """The maps of `BackboneOutput.stage_maps`."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> tuple[BlockInfo, ...]:
+        """The blocks of `BackboneOutput.attention`."""
         raise NotImplementedError
 
     @property

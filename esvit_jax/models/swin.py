@@ -16,7 +16,13 @@ from jaxtyping import Array, Float
 
 from esvit_jax.errors import UserError
 from esvit_jax.models.attention import WindowAttention
-from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo, check_outputs
+from esvit_jax.models.backbone import (
+    Backbone,
+    BackboneOutput,
+    BlockInfo,
+    StageInfo,
+    check_outputs,
+)
 from esvit_jax.models.layers import (
     DropPath,
     Kernel,
@@ -241,6 +247,15 @@ class Swin(Backbone):
         return tuple(
             StageInfo(self.patch_size * 2**i, self.embed_dim * 2**i)
             for i in range(len(self.depths))
+        )
+
+    @property
+    def blocks(self) -> tuple[BlockInfo, ...]:
+        windows = [self.stage_window(stage) for stage in range(len(self.depths))]
+        return tuple(
+            BlockInfo(stage, windows[stage][0], windows[stage][1] if j % 2 else 0)
+            for stage, depth in enumerate(self.depths)
+            for j in range(depth)
         )
 
     def validate(self) -> None:

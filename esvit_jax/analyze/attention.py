@@ -1,0 +1,100 @@
+"""Where a backbone looks: attention of windows, put back on the map; its entropy and its mass.
+
+Attention is what `BackboneOutput.attention` holds of one block, [..., windows, heads, n, n]: a
+window's n queries by its n keys. The windows tile a map that was padded and shifted;
+`window_tokens` says which token of the map stands where.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from esvit_jax.models.backbone import BlockInfo
+
+
+def window_tokens(height: int, width: int, block: BlockInfo) -> Int[np.ndarray, "m n"]:
+    """Which token of a map, counted row by row, stands where in its windows; -1 is padding.
+
+    Args:
+      height, width: of the map, tokens.
+      block: its windows.
+    """
+    size = block.window_size
+    tokens = np.full((height + -height % size, width + -width % size), -1)
+    tokens[:height, :width] = np.arange(height * width).reshape(height, width)
+    tokens = np.roll(tokens, (-block.shift, -block.shift), axis=(0, 1))
+    return rearrange(tokens, "(y h) (x w) -> (y x) (h w)", h=size, w=size)
+
+
+def entropy(attention: Float[Array | np.ndarray, "*b n"]) -> Float[Array, "*b"]:
+    """-sum p log2 p over the last axis, bits; 0 log 0 is 0."""
+    logs = jnp.log2(jnp.where(attention > 0, attention, 1.0))
+    return -jnp.sum(attention * logs, axis=-1)
+
+
+def head_entropy(
+    attention: Float[Array | np.ndarray, "*b m heads n n"], tokens: Int[np.ndarray, "m n"]
+) -> Float[Array, "*b heads"]:
+    """Each head's entropy, bits: the mean over the queries of all windows, but for padding."""
+    real = jnp.asarray(tokens >= 0, jnp.float32)[:, None]
+    return jnp.sum(entropy(attention) * real, axis=(-3, -1)) / jnp.sum(real)
+
+
+def attended_from(
+    attention: Float[Array | np.ndarray, "m heads n n"],
+    tokens: Int[np.ndarray, "m n"],
+    shape: tuple[int, int],
+    query: tuple[int, int],
+) -> Float[np.ndarray, "heads h w"]:
+    """How much one token of a map attends to each: 0 outside of its window.
+
+    What padding gets is left out, so that a map may sum to less than 1.
+
+    Args:
+      attention: of one image.
+      tokens: see `window_tokens`.
+      shape: of the map, tokens.
+      query: row and column of the token.
+    """
+    number = query[0] * shape[1] + query[1]
+    ((window, position),) = np.argwhere(tokens == number)
+    return _on_map(np.asarray(attention)[window, :, position], tokens[window], shape)
+
+
+def attended_to(
+    attention: Float[Array | np.ndarray, "m heads n n"],
+    tokens: Int[np.ndarray, "m n"],
+    shape: tuple[int, int],
+) -> Float[np.ndarray, "heads h w"]:
+    """How much each token of a map is attended to, on average by the tokens of its window.
+
+    In the mean over the map of a window without padding this is 1 / n.
+    """
+    found = np.zeros((attention.shape[1], *shape), np.float32)
+    for window, there in zip(np.asarray(attention), tokens, strict=True):
+        found += _on_map(window[:, there >= 0].mean(axis=1), there, shape)
+    return found
+
+
+def _on_map(
+    values: Float[np.ndarray, "heads n"], there: Int[np.ndarray, " n"], shape: tuple[int, int]
+) -> Float[np.ndarray, "heads h w"]:
+    flat = np.zeros((len(values), shape[0] * shape[1]), np.float32)
+    flat[:, there[there >= 0]] = values[:, there >= 0]
+    return flat.reshape(len(values), *shape)
+
+
+def mass_mask(attention: Float[np.ndarray, "*b n"], mass: float) -> Bool[np.ndarray, "*b n"]:
+    """The keys that hold a share of the mass: the smallest go while their sum is ≤ 1 - mass.
+
+    Args:
+      attention: not negative; need not sum to 1.
+      mass: the share that stays, in (0, 1].
+    """
+    order = np.argsort(attention, axis=-1, kind="stable")
+    rising = np.take_along_axis(attention, order, axis=-1).astype(np.float64)
+    share = np.cumsum(rising, axis=-1) / np.sum(rising, axis=-1, keepdims=True)
+    kept = np.zeros(attention.shape, bool)
+    np.put_along_axis(kept, order, share > 1 - mass, axis=-1)
+    return kept
