@@ -19,6 +19,11 @@ COMMANDS = {
     "transfer": ("esvit_jax.commands.transfer", "classify many data sets, one table"),
     "dense": ("esvit_jax.commands.dense", "tell what each pixel is, or how far"),
     "finetune": ("esvit_jax.commands.finetune", "train a backbone and a classifier on labels"),
+    "correspond": (
+        "esvit_jax.commands.correspond",
+        "see whether regions find themselves again in the mirror image",
+    ),
+    "attention": ("esvit_jax.commands.attention", "draw where a backbone looks"),
     "embed": ("esvit_jax.commands.embed", "write the features of every image to a file"),
     "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),

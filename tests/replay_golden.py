@@ -352,10 +352,10 @@ class AnalysisReplay:
 
     def pairs(self, first: jax.Array, second: jax.Array) -> dict[str, float | int]:
         """Of correspondence."""
-        golden, shape = self.golden, first.shape[1:3]
+        golden, (_, height, width, _) = self.golden, first.shape
         features = [rearrange(x, "b h w d -> b (h w) d") for x in (first, second)]
         found = correspond(*features)
-        score = score_mirrored(found, shape, self.config["counted_pairs"])
+        score = score_mirrored(found, (height, width), self.config["counted_pairs"])
         clear = golden["match_margin"] > self.MARGIN
         # A rank is clear where both neighbours in the order are far from it.
         falling = -np.sort(-golden["match_similarity"], axis=1)

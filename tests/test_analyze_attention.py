@@ -67,7 +67,7 @@ def test_stitching(shape, block):
     r = np.random.default_rng(0)
     query, key = r.normal(size=(2, HEADS, shape[0] * shape[1], 4))
     full = full_attention(query, key, shape, block).astype(np.float32)
-    tokens = window_tokens(*shape, block)
+    tokens = window_tokens(shape[0], shape[1], block)
     attention = in_windows(full, tokens)
     for number in range(shape[0] * shape[1]):
         found = attended_from(attention, tokens, shape, divmod(number, shape[1]))

@@ -15,7 +15,6 @@ from esvit_jax.evaluate.correspondence import (
     correspond,
     mirrored_pairs,
     score_mirrored,
-    summarize,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -110,13 +109,3 @@ def test_what_is_drawn_depends_on_the_image_and_the_seed_alone():
     backwards = {name: x[::-1] for name, x in batch.items()}
     np.testing.assert_array_equal(mirrored_pairs(backwards, config, 3)[1], second[::-1])
     assert np.abs(np.asarray(mirrored_pairs(batch, config, 4)[1] - second)).max() > 0.01
-
-
-def test_summary():
-    scores = {
-        "accuracy": np.array([0.5, 1.0]), "distance": np.array([1.0, 0.0]),
-        "cutoff_similarity": np.array([0.25, 0.75]),
-    }  # fmt: skip
-    assert summarize(scores, stride=32) == {
-        "accuracy": 75.0, "distance": 16.0, "distance_cells": 0.5, "cutoff_similarity": 0.5
-    }  # fmt: skip

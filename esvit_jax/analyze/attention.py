@@ -5,12 +5,15 @@ window's n queries by its n keys. The windows tile a map that was padded and shi
 `window_tokens` says which token of the map stands where.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from esvit_jax.models.backbone import BlockInfo
+from esvit_jax.models.backbone import Backbone, BackboneOutput, BlockInfo
 
 
 def window_tokens(height: int, width: int, block: BlockInfo) -> Int[np.ndarray, "m n"]:
@@ -98,3 +101,81 @@ def mass_mask(attention: Float[np.ndarray, "*b n"], mass: float) -> Bool[np.ndar
     kept = np.zeros(attention.shape, bool)
     np.put_along_axis(kept, order, share > 1 - mass, axis=-1)
     return kept
+
+
+class HeadsOfBlock(NamedTuple):
+    """How widely the heads of one block look.
+
+    Attributes:
+      stage: of the block, from 0.
+      window_size: tokens along a side of its windows.
+      shift: of its windows, tokens.
+      keys: tokens in a window, of which none is preferred at an entropy of log2(keys).
+      entropy: f32[heads], bits, means over images.
+    """
+
+    stage: int
+    window_size: int
+    shift: int
+    keys: int
+    entropy: Float[np.ndarray, " heads"]
+
+
+class Attention:
+    """The attention of a backbone on some images.
+
+    Args:
+      backbone, params: the network.
+      images: f32[b, h, w, 3], normalised.
+    """
+
+    def __init__(self, backbone: Backbone, params: PyTree, images: Float[Array, "b h w 3"]):
+        def forward(params: PyTree, images: Array) -> BackboneOutput:
+            return backbone.forward(params, images, outputs=("attention",))
+
+        self.output = jax.jit(forward)(params, images)
+        self.blocks = backbone.blocks
+
+    def shape(self, block: int) -> tuple[int, int]:
+        """Rows and columns of the map of a block, tokens."""
+        return self.output.stage_maps[self.blocks[block].stage].shape[1:3]
+
+    def tokens(self, block: int) -> Int[np.ndarray, "m n"]:
+        """See `window_tokens`."""
+        return window_tokens(*self.shape(block), self.blocks[block])
+
+    def entropy(self, block: int) -> Float[np.ndarray, "b heads"]:
+        """Of each image, bits."""
+        return np.asarray(head_entropy(self.output.attention[block], self.tokens(block)))
+
+    def heads(self) -> list[HeadsOfBlock]:
+        """A line of a table for every block."""
+        return [
+            HeadsOfBlock(
+                info.stage, info.window_size, info.shift, info.window_size**2,
+                self.entropy(block).mean(0),
+            )
+            for block, info in enumerate(self.blocks)
+        ]  # fmt: skip
+
+    def seen_from(
+        self, block: int, image: int, query: tuple[int, int], mass: float
+    ) -> tuple[Float[np.ndarray, "heads h w"], Bool[np.ndarray, "heads h w"], np.ndarray]:
+        """Where the heads of a block look from one token.
+
+        Args:
+          block, image: which.
+          query: row and column of the token.
+          mass: see `mass_mask`.
+
+        Returns:
+          What each token of the map gets, which of them hold that share of it, and the entropy of
+          each head, f32[heads], bits, with what padding gets.
+        """
+        attention = np.asarray(self.output.attention[block][image])
+        tokens, shape = self.tokens(block), self.shape(block)
+        found = attended_from(attention, tokens, shape, query)
+        flat = found.reshape(len(found), -1)
+        kept = mass_mask(flat, mass).reshape(found.shape)
+        ((window, position),) = np.argwhere(tokens == query[0] * shape[1] + query[1])
+        return found, kept, np.asarray(entropy(attention[window, :, position]))

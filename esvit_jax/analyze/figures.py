@@ -79,7 +79,7 @@ def loss_figure(metrics_path: str | os.PathLike[str], out_path: str | os.PathLik
     for axes, results in zip(panels[1:], evaluations.values(), strict=True):
         _draw_evaluation(axes, results)
     panels[-1].set_xlabel("step")
-    _write(figure, out_path)
+    write_figure(figure, out_path)
 
 
 class Curve(NamedTuple):
@@ -207,7 +207,7 @@ def views_figure(
         cells = grid[1 + row].subgridspec(1, len(in_row), wspace=0.03)
         for column, name in enumerate(in_row):
             _show(figure.add_subplot(cells[column]), local_views[name], name, colors[name])
-    _write(figure, out_path)
+    write_figure(figure, out_path)
 
 
 def _box_colors(num_local: int) -> list[str]:
@@ -226,7 +226,8 @@ def _draw_box(axes: "Axes", box: np.ndarray, color: str, name: str) -> None:
     axes.add_patch(rectangle)
 
 
-def _write(figure: "Figure", path: str | os.PathLike[str]) -> None:
+def write_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Writes a figure as a PNG file, local or in a bucket."""
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
     epath.Path(path).write_bytes(png.getvalue())

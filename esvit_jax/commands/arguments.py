@@ -6,6 +6,7 @@ and a wrong flag are answered at once.
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from esvit_jax.errors import RUN_ERROR, DiskFull, RunError, UserError, renamed
 
 if TYPE_CHECKING:
+    from esvit_jax.checkpoint import LoadedModel
     from esvit_jax.config import ConfigDict
+    from esvit_jax.data.sources import Source
 
 Value = TypeVar("Value")
 
@@ -156,6 +159,36 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """--data, --data_dir and --split: images to look at, which need no labels."""
+    parser.add_argument("--data", help="data set (default: config.data.name of the run)")
+    add_data_dir(parser)
+    parser.add_argument(
+        "--split", help="as in TFDS (default: config.data.test_split; with --data, train)"
+    )
+
+
+def open_split(arguments: argparse.Namespace, loaded: "LoadedModel") -> "Source":
+    """The images that the flags of `add_split` name.
+
+    Raises:
+      UserError: there is no such data.
+    """
+    from esvit_jax.data.sources import open_source
+
+    data = loaded.config.data
+    names = {
+        "name": "--data" if arguments.data else "config.data.name",
+        "split": "--split" if arguments.split or arguments.data else "config.data.test_split",
+        "data_dir": "--data_dir" if arguments.data_dir else "config.data.data_dir",
+    }
+    split = arguments.split or ("train" if arguments.data else data.test_split)
+    with renamed(**names):
+        return open_source(
+            arguments.data or data.name, split, arguments.data_dir or data.data_dir or None
+        )
+
+
 def add_key(parser: argparse.ArgumentParser) -> None:
     """--key: which of the two networks of a run."""
     parser.add_argument(
@@ -275,6 +308,46 @@ def check_writable(file: str, flag: str) -> None:
         ) from error
     if new:
         os.unlink(file)
+
+
+def output_folder(arguments: argparse.Namespace, own: bool = True) -> str | None:
+    """Where a command with several files puts them: --out, or the workdir for what is its own.
+
+    Args:
+      arguments: with those of `add_network`, `add_key`, `add_split` and --out.
+      own: whether what is looked at may be the run's own; it is where no flag names other data.
+
+    Returns:
+      A folder, which is made if it is not there; None if there is none for it.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    from etils import epath
+
+    named = (arguments.key, arguments.data, arguments.split, arguments.data_dir)
+    folder = arguments.out or (arguments.workdir if own and not any(named) else None)
+    if folder and "://" not in folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"it cannot be made: {error.strerror}", argument="--out", value=folder
+            ) from error
+        check_writable(os.path.join(folder, ".try"), "--out")
+    elif folder:
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(file: str, value: Any) -> None:
+    """Writes JSON to a file, local or in a bucket."""
+    from etils import epath
+
+    from esvit_jax.buckets import reaching
+
+    with reaching(file):
+        epath.Path(file).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def quiet_libraries() -> None:

@@ -14,11 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from rich.console import Console
 
-from esvit_jax import losses
+from esvit_jax import losses, parallel
+from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.config import ConfigDict
 from esvit_jax.data import augment
+from esvit_jax.data.sources import Source
+from esvit_jax.errors import RunError, UserError
+from esvit_jax.evaluate.features import FeatureExtractor
+from esvit_jax.evaluate.result import TEACHER, Result
 from esvit_jax.models import Backbone
+from esvit_jax.runlog.alive import signs_of_life
 
 # Pairs of an image that are counted, those of largest similarity.
 COUNTED_PAIRS = 10
@@ -114,10 +121,9 @@ def mirrored_pair(
     orders = jnp.asarray(augment.ORDERS)
     order = orders[(u[2] * len(orders)).astype(jnp.int32)]
     mirrored = augment.color_jitter(levels[..., ::-1], factors, hue, order)
-    return tuple(
-        augment.normalize(view, config.views.mean, config.views.std)
-        for view in (levels, augment.to_grayscale(mirrored))
-    )
+    mean, std = config.views.mean, config.views.std
+    first = augment.normalize(levels, mean, std)
+    return first, augment.normalize(augment.to_grayscale(mirrored), mean, std)
 
 
 def mirrored_pairs(
@@ -143,28 +149,58 @@ def correspondence(
             backbone.forward(params, views).region_features
             for views in mirrored_pairs(batch, config, seed)
         )
-        shape = first.shape[1:3]
+        _, height, width, _ = first.shape
         found = correspond(*(rearrange(x, "b h w d -> b (h w) d") for x in (first, second)))
-        return score_mirrored(found, shape)._asdict()
+        return score_mirrored(found, (height, width))._asdict()
 
     return extract
 
 
-def summarize(scores: dict[str, Float[np.ndarray, " n"]], stride: int) -> dict[str, float]:
-    """Means over images, as `Result.values`.
+def evaluate_correspondence(
+    loaded: LoadedModel,
+    source: Source,
+    *,
+    key: str | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> tuple[Result, int]:
+    """How well the regions of a split's images find themselves in their mirror images.
 
     Args:
-      scores: the fields of `MirrorScore` of n images.
-      stride: pixels along a side of a cell.
+      loaded: the network.
+      source: of the images; labels are not looked at.
+      key: "teacher" or "student"; None as in `LoadedModel.network`.
+      seed: of the colours of the mirrored views.
+      console: where signs of life go; None is standard output.
 
     Returns:
-      "accuracy" in percent, "distance" in pixels of the view, "distance_cells",
-      "cutoff_similarity".
+      Means over the images: "accuracy" in percent, "distance" in pixels of the view,
+      "distance_cells", "cutoff_similarity" (see `MirrorScore`); and the number of images.
+
+    Raises:
+      UserError: no record is an image.
+      RunError: features are not finite.
     """
+    backbone, config = loaded.model.backbone, loaded.config
+    origin_key = loaded.origin.get("key", TEACHER)
+    params = parallel.replicate(loaded.network(key)["backbone"], config.parallel)
+    extractor = FeatureExtractor(correspondence(backbone, config, seed), config, [source])
+    with signs_of_life(extractor.describe, console):
+        batches = [batch["features"] for batch in extractor.batches(params, source)]
+    scores = {name: np.concatenate([b[name] for b in batches]) for name in MirrorScore._fields}
+    count = len(scores["accuracy"])
+    if not count:
+        raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")
+    if not np.isfinite(scores["cutoff_similarity"]).all():
+        raise RunError(
+            f"{source.name} {source.split}: features are not finite; the network diverged, "
+            "evaluate an earlier checkpoint"
+        )
     mean = {name: float(np.mean(x, dtype=np.float64)) for name, x in scores.items()}
-    return {
+    values = {
         "accuracy": 100 * mean["accuracy"],
-        "distance": stride * mean["distance"],
+        "distance": backbone.stages[-1].stride * mean["distance"],
         "distance_cells": mean["distance"],
         "cutoff_similarity": mean["cutoff_similarity"],
     }
+    return Result("correspondence", values, key or origin_key, loaded.step), count

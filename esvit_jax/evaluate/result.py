@@ -6,8 +6,8 @@ from typing import Any
 
 # Whose features were evaluated. The teacher's are what one gets without asking; the names of all
 # others stand before the evaluation's in a line of metrics.
-TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
-SUBJECTS = (TEACHER, RAW_PIXELS)
+TEACHER, STUDENT, RAW_PIXELS = "teacher", "student", "raw_pixels"
+SUBJECTS = (TEACHER, STUDENT, RAW_PIXELS)
 # Units of quantities, by the first part of their names; what is not here has none.
 PERCENTS = (
     "top1", "top5", "top1_spread", "top5_spread", "mean_per_class", "map11", "roc_auc", "miou",

@@ -124,11 +124,27 @@ def preprocessor(config: ConfigDict) -> Preprocess:
     def preprocess(images: Sequence[Any]) -> jax.Array:
         if not isinstance(images, list | tuple) or not images:
             raise UserError("preprocess takes a list of images, also for a single one")
-        decoded = [_decode(image, config.data.canvas_size) for image in images]
-        canvas, size = (np.stack(arrays) for arrays in zip(*decoded, strict=True))
-        return center({"canvas": canvas, "size": size})
+        return center(read_canvases(images, config.data.canvas_size))
 
     return preprocess
+
+
+def read_canvases(images: Sequence[Any], canvas_size: int) -> dict[str, np.ndarray]:
+    """Images as `preprocess` takes them, as the loader gives them to a device.
+
+    Args:
+      images: at least one.
+      canvas_size: pixels along the side of a canvas.
+
+    Returns:
+      "canvas" uint8[b, s, s, 3], each image in its top-left corner; "size" int32[b, 2].
+
+    Raises:
+      UserError: one is no image.
+    """
+    decoded = [_decode(image, canvas_size) for image in images]
+    canvas, size = (np.stack(arrays) for arrays in zip(*decoded, strict=True))
+    return {"canvas": canvas, "size": size}
 
 
 def _decode(image: Any, canvas_size: int) -> tuple[np.ndarray, np.ndarray]:

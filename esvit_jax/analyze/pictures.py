@@ -1,0 +1,287 @@
+"""Figures of what a backbone sees in images: matches, attention, features, neighbours.
+
+Like `figures.py` these are made without pyplot. Pictures are f32[h, w, 3] in 0..1.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Picture = Float[np.ndarray, "_ _ 3"]
+
+
+def to_picture(
+    view: Float[np.ndarray, "_ _ 3"], mean: Sequence[float], std: Sequence[float]
+) -> Picture:
+    """Undoes the normalisation of a view."""
+    return np.clip(view * np.asarray(std) + np.asarray(mean), 0, 1).astype(np.float32)
+
+
+def short_name(id: str) -> str:
+    """The id of a record, to stand above a picture: TFDS's without the name of its file.
+
+    >>> short_name("mnist-test.array_record-00000-of-00001__7"), short_name("cats/tom.jpg")
+    ('test 7', 'cats/tom.jpg')
+    """
+    found = re.fullmatch(r".*-([^-]+)\.[^-]+-(\d+)-of-\d+__(\d+)", id)
+    if not found:
+        return id
+    split, shard, number = found.groups()
+    return f"{split} {number}" if not int(shard) else f"{split} {int(shard)}/{number}"
+
+
+class MatchedPair(NamedTuple):
+    """Two pictures, and cells of their maps that were matched.
+
+    Attributes:
+      first, second: the pictures.
+      shapes: rows and columns of the map of each.
+      start, end: int[k], cells of the first and of the second, counted row by row.
+      hit: bool[k], whether a match is the true one; None where nobody knows.
+      title: to stand above them.
+    """
+
+    first: Picture
+    second: Picture
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    start: Int[np.ndarray, " k"]
+    end: Int[np.ndarray, " k"]
+    hit: np.ndarray | None
+    title: str
+
+
+def matches_figure(pairs: Sequence[MatchedPair], out_path: str | os.PathLike[str]) -> None:
+    """Draws pairs of pictures with a line for each match; two pairs in a row.
+
+    Hits are blue, misses are orange and dashed; where nobody knows, all are blue.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(5.2 * columns, 2.85 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, pair in zip(grid.flat, pairs, strict=False):
+        _draw_pair(axes, pair)
+    write_figure(figure, out_path)
+
+
+def _draw_pair(axes: "Axes", pair: MatchedPair) -> None:
+    from matplotlib.patches import ConnectionPatch
+
+    gap = 0.06
+    heights = [picture.shape[0] / picture.shape[1] for picture in (pair.first, pair.second)]
+    tallest = max(heights)
+    axes.set_xlim(0, 2 + gap)
+    axes.set_ylim(tallest, 0)
+    axes.set_aspect("equal")
+    axes.set_title(pair.title, fontsize=9)
+    offsets = (0.0, 1 + gap)
+    for picture, left, height in zip((pair.first, pair.second), offsets, heights, strict=True):
+        smoothing = "nearest" if max(picture.shape[:2]) <= 64 else "auto"
+        axes.imshow(picture, extent=(left, left + 1, height, 0), interpolation=smoothing)
+
+    def place(cell: int | np.integer, which: int) -> tuple[float, float]:
+        height, width = pair.shapes[which]
+        row, column = divmod(int(cell), width)
+        return offsets[which] + (column + 0.5) / width, (row + 0.5) / height * heights[which]
+
+    hits = np.ones(len(pair.start), bool) if pair.hit is None else pair.hit
+    for start, end, hit in zip(pair.start, pair.end, hits, strict=True):
+        ends = place(start, 0), place(end, 1)
+        color, style = (BLUE, "-") if hit else (ORANGE, (0, (4, 2)))
+        # Bent, so that lines of one row do not hide each other.
+        line = ConnectionPatch(
+            *ends, "data", "data", color=color, linestyle=style, linewidth=1.3,
+            connectionstyle="arc3,rad=-0.06",
+        )  # fmt: skip
+        line.set_path_effects(_halo(2.6))
+        axes.add_artist(line)
+        axes.plot(*zip(*ends, strict=True), "o", color=color, markersize=3.2,
+                  markeredgecolor="white", markeredgewidth=0.7)  # fmt: skip
+
+
+def _halo(width: float) -> list:
+    """White around a line, so that it is seen on any picture."""
+    from matplotlib import patheffects
+
+    return [patheffects.withStroke(linewidth=width, foreground="white", alpha=0.75)]
+
+
+class AttendedPicture(NamedTuple):
+    """One picture, and where each head looks from one of its tokens.
+
+    Attributes:
+      picture: the image.
+      maps: f32[heads, h, w], what each token of the map gets.
+      kept: bool[heads, h, w], the tokens that hold a share of the mass.
+      query: row and column of the token that looks.
+      entropy: f32[heads], bits.
+      title: to stand before them.
+    """
+
+    picture: Picture
+    maps: Float[np.ndarray, "heads h w"]
+    kept: np.ndarray
+    query: tuple[int, int]
+    entropy: Float[np.ndarray, " heads"]
+    title: str
+
+
+def attention_figure(
+    rows: Sequence[AttendedPicture], title: str, out_path: str | os.PathLike[str]
+) -> None:
+    """Draws a row of pictures, one a head, for each query: heads by falling entropy.
+
+    A picture glows where a head looks; the tokens that hold a share of its mass have an outline,
+    the token that looks has a mark.
+    """
+    from matplotlib.figure import Figure
+
+    most = max(len(row.maps) for row in rows)
+    columns = min(most, 8)
+    lines = [-(-len(row.maps) // columns) for row in rows]
+    cell = 1.35
+    figure = Figure(
+        figsize=(cell * (columns + 1), (cell + 0.24) * sum(lines)), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(sum(lines), columns + 1, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    top = 0
+    for row, count in zip(rows, lines, strict=True):
+        plain = grid[top, 0]
+        plain.imshow(row.picture, interpolation=_smoothing(row.picture))
+        plain.set_title(row.title, fontsize=8)
+        _mark(plain, row)
+        for i, head in enumerate(np.argsort(-row.entropy, kind="stable")):
+            axes = grid[top + i // columns, 1 + i % columns]
+            _draw_attended(axes, row, int(head))
+        top += count
+    write_figure(figure, out_path)
+
+
+def _smoothing(picture: Picture) -> str:
+    return "nearest" if max(picture.shape[:2]) <= 64 else "auto"
+
+
+def _draw_attended(axes: "Axes", row: AttendedPicture, head: int) -> None:
+    from matplotlib import colormaps
+
+    weights = row.maps[head] / max(row.maps[head].max(), 1e-12)
+    height, width = row.picture.shape[:2]
+    cell = -(-height // weights.shape[0]), -(-width // weights.shape[1])
+    heat = colormaps["inferno"](np.kron(weights, np.ones(cell))[:height, :width])[..., :3]
+    gray = row.picture.mean(-1, keepdims=True)
+    axes.imshow(0.45 * gray + 0.55 * heat, interpolation=_smoothing(row.picture))
+    axes.set_title(f"head {head}  {row.entropy[head]:.1f} bits", fontsize=7)
+    _outline(axes, row.kept[head], (height, width))
+    _mark(axes, row)
+
+
+def _outline(axes: "Axes", kept: np.ndarray, size: tuple[int, int]) -> None:
+    """The border between the tokens that are kept and all others."""
+    from matplotlib.collections import LineCollection
+
+    rows, columns = kept.shape
+    padded = np.pad(kept, 1)
+    height, width = size[0] / rows, size[1] / columns
+    lines = []
+    for y, x in np.argwhere(padded[:-1] != padded[1:]):
+        lines.append([((x - 1) * width, y * height), (x * width, y * height)])
+    for y, x in np.argwhere(padded[:, :-1] != padded[:, 1:]):
+        lines.append([(x * width, (y - 1) * height), (x * width, y * height)])
+    moved = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]
+    axes.add_collection(LineCollection(moved, colors=SKY, linewidths=1.1))
+
+
+def _mark(axes: "Axes", row: AttendedPicture) -> None:
+    rows, columns = row.maps.shape[1:]
+    height, width = row.picture.shape[:2]
+    x, y = (row.query[1] + 0.5) * width / columns, (row.query[0] + 0.5) * height / rows
+    axes.plot(x - 0.5, y - 0.5, "+", color="white", markersize=9, markeredgewidth=2.6)
+    axes.plot(x - 0.5, y - 0.5, "+", color=BLUE, markersize=8, markeredgewidth=1.4)
+
+
+def entropy_figure(
+    entropies: Sequence[Float[np.ndarray, " _"]],
+    keys: Sequence[int],
+    stages: Sequence[int],
+    out_path: str | os.PathLike[str],
+) -> None:
+    """Draws the entropy of every head over the blocks, and the most that there can be.
+
+    Args:
+      entropies: bits, of the heads of each block.
+      keys: tokens that a token of each block can attend to.
+      stages: of each block.
+      out_path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for block, (values, most) in enumerate(zip(entropies, keys, strict=True)):
+        axes.plot([block - 0.4, block + 0.4], [np.log2(most)] * 2, color=GREY, linewidth=1.2,
+                  label="all tokens of a window alike" if not block else None)  # fmt: skip
+        axes.plot([block] * len(values), values, "o", color=BLUE, alpha=0.55, markersize=4.5,
+                  label="a head" if not block else None)  # fmt: skip
+        axes.plot([block - 0.25, block + 0.25], [np.mean(values)] * 2, color=ORANGE, linewidth=2,
+                  label="mean of the heads" if not block else None)  # fmt: skip
+    for block in range(1, len(stages)):
+        if stages[block] != stages[block - 1]:
+            axes.axvline(block - 0.5, color="0.9", linewidth=1)
+    for stage in dict.fromkeys(stages):
+        first = stages.index(stage)
+        axes.annotate(f"stage {stage + 1}", (first - 0.4, 1.0), xycoords=("data", "axes fraction"),
+                      xytext=(0, 3), textcoords="offset points", **SMALL)  # fmt: skip
+    axes.set_xticks(range(len(entropies)))
+    axes.set_xlabel("block")
+    axes.set_ylabel("entropy of attention (bits)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    write_figure(figure, out_path)
+
+
+def components_figure(
+    pictures: Sequence[Picture],
+    colors: Sequence[Sequence[Picture]],
+    titles: Sequence[str],
+    out_path: str | os.PathLike[str],
+) -> None:
+    """Draws each picture and, beside it, the colours that the cells of its maps have.
+
+    Args:
+      pictures: b of them.
+      colors: for each map, the colours of its cells in every picture.
+      titles: of the maps.
+      out_path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns, cell = len(pictures), 1 + len(colors), 1.9
+    figure = Figure(figsize=(cell * columns, cell * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, title in zip(grid[0], ("image", *titles), strict=True):
+        axes.set_title(title, fontsize=9)
+    for i, picture in enumerate(pictures):
+        grid[i, 0].imshow(picture, interpolation=_smoothing(picture))
+        for axes, of_map in zip(grid[i, 1:], colors, strict=True):
+            axes.imshow(of_map[i], interpolation="nearest")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    write_figure(figure, out_path)

@@ -1,0 +1,182 @@
+"""`esvit correspond`: whether regions find themselves again in another view of the image."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from esvit_jax.commands.arguments import (
+    Parser,
+    add_json,
+    add_key,
+    add_network,
+    add_split,
+    open_split,
+    output_folder,
+    path,
+    quiet_libraries,
+    write_json,
+)
+from esvit_jax.errors import UserError, renamed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from esvit_jax.checkpoint import LoadedModel
+    from esvit_jax.data.sources import Source
+    from esvit_jax.evaluate.result import Result
+
+# Images of the split that are drawn.
+DRAWN = 6
+
+
+def main(argv: list[str]) -> None:
+    """`esvit correspond`."""
+    parser = Parser(
+        "correspond",
+        "Matches the regions of each image with those of its mirror image, jittered and grey, and "
+        "says how many of the ten surest matches hit.",
+    )
+    add_network(parser)
+    add_key(parser)
+    add_split(parser)
+    parser.add_argument(
+        "--against", type=path, metavar="DIR", help="another network, to compare with"
+    )
+    parser.add_argument(
+        "--images", metavar="A[,B]",
+        help="only draw: one image file and its mirror image, or two image files",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the colours (default: 0)")
+    parser.add_argument(
+        "--out", type=path, metavar="FOLDER",
+        help="for correspondence.json and .png (default: the workdir, if network and data are the "
+        "run's own; else none)",
+    )  # fmt: skip
+    add_json(parser)
+    arguments = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from esvit_jax.checkpoint import load_model
+
+    quiet_libraries()
+    console = Console(stderr=arguments.json)
+    folder = output_folder(arguments, own=not arguments.images)
+    loaded = {
+        workdir: load_model(workdir, step, strict=arguments.strict)
+        for workdir, step in ((arguments.workdir, arguments.step), (arguments.against, None))
+        if workdir
+    }
+    if arguments.images:
+        if not folder:
+            raise UserError("--out is missing: the folder to draw in")
+        words = _draw_files(loaded[arguments.workdir], arguments, folder)
+    else:
+        words = _evaluate(loaded, arguments, folder, console)
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate(
+    loaded: "dict[str, LoadedModel]", arguments: Any, folder: str | None, console: "Console"
+) -> str:
+    """The numbers of a split, for one network or two, and a figure; says where they are."""
+    from esvit_jax.evaluate.correspondence import evaluate_correspondence
+
+    source = open_split(arguments, loaded[arguments.workdir])
+    results = {
+        workdir: evaluate_correspondence(
+            network, source, key=arguments.key, seed=arguments.seed, console=console
+        )
+        for workdir, network in loaded.items()
+    }
+    report = [
+        {"workdir": workdir, "step": result.step, "key": result.subject, "data": source.name,
+         "split": source.split, "images": images, **result.values}
+        for workdir, (result, images) in results.items()
+    ]  # fmt: skip
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        console.print(_table({workdir: result for workdir, (result, _) in results.items()}))
+    count = results[arguments.workdir][1]
+    words = f"{count} images of {source.name} {source.split}, the ten surest matches of each"
+    if not folder:
+        return f"{words}; not written, as they are not the run's own: give --out=FOLDER"
+    write_json(os.path.join(folder, "correspondence.json"), report)
+    _draw_split(loaded[arguments.workdir], source, arguments, folder)
+    return f"{words}; in {folder}: correspondence.json, correspondence.png"
+
+
+def _table(results: "dict[str, Result]") -> "Table":
+    from rich.table import Table
+
+    columns = ("network", "hits %", "distance px", "cells", "similarity of the 11th")
+    table = Table(*columns, title="correspondence")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for workdir, result in results.items():
+        values = result.values
+        table.add_row(
+            f"{workdir}, {result.subject} at step {result.step}", f"{values['accuracy']:.1f}",
+            f"{values['distance']:.1f}", f"{values['distance_cells']:.2f}",
+            f"{values['cutoff_similarity']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder: str) -> None:
+    import numpy as np
+
+    from esvit_jax.analyze.matches import mirrored_matches
+    from esvit_jax.analyze.pictures import matches_figure, short_name
+    from esvit_jax.data.loader import eval_batches
+
+    data = loaded.config.data
+    batches = eval_batches(
+        source, batch_size=4 * DRAWN, canvas_size=data.canvas_size, num_threads=data.num_threads
+    )
+    batch = next(batches)
+    batches.close()
+    readable = np.flatnonzero(batch["mask"])[:DRAWN]
+    canvases = {name: batch[name][readable] for name in ("canvas", "size")}
+    if not len(readable):  # all of the first ones are broken
+        return
+    pairs = mirrored_matches(
+        loaded, canvases, key=arguments.key, seed=arguments.seed,
+        titles=[short_name(batch["id"][i]) for i in readable],
+    )  # fmt: skip
+    matches_figure(pairs, os.path.join(folder, "correspondence.png"))
+
+
+def _draw_files(loaded: "LoadedModel", arguments: Any, folder: str) -> str:
+    """One file and its mirror image, or two files.
+
+    Raises:
+      UserError: other than one or two, or one is no image.
+    """
+    from esvit_jax.analyze.matches import matches_of_two, mirrored_matches
+    from esvit_jax.analyze.pictures import matches_figure
+    from esvit_jax.interop.load import preprocessor, read_canvases
+
+    files = arguments.images.split(",")
+    if len(files) > 2 or not all(files):
+        raise UserError("it takes one or two files", argument="--images", value=arguments.images)
+    names: Sequence[str] = [os.path.basename(file) for file in files]
+    with renamed(images="--images"):
+        if len(files) == 1:
+            canvases = read_canvases(files, loaded.config.data.canvas_size)
+            pairs = mirrored_matches(
+                loaded, canvases, key=arguments.key, seed=arguments.seed, titles=names
+            )
+        else:
+            views = preprocessor(loaded.config)(files)
+            pairs = [
+                matches_of_two(
+                    loaded, views[0], views[1], key=arguments.key, title=" and ".join(names)
+                )
+            ]
+    file = os.path.join(folder, "matches.png")
+    matches_figure(pairs, file)
+    return f"drawn: {file}"
