@@ -80,6 +80,7 @@ setup(
         "pyarrow",
         "rich",
         "safetensors",
+        "scikit-learn",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",
     ],
@@ -90,6 +91,7 @@ setup(
         "heic": ["pillow-heif"],
         "torch": ["torch", "transformers"],
         "gcs": GCS,
+        "umap": ["umap-learn"],
         "docs": DOCS,
         "test": TEST,
         # Linters are pinned: what passes today passes tomorrow.

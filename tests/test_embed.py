@@ -20,6 +20,7 @@ from esvit_jax.commands.embed import main
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import UserError
+from esvit_jax.evaluate import cache as cache_module
 from esvit_jax.evaluate import embed as embed_module
 from esvit_jax.evaluate import parts as parts_module
 from esvit_jax.evaluate.embed import embed
@@ -114,7 +115,7 @@ def test_a_broken_run_goes_on_where_it_was(tmp_path, workdir, monkeypatch, capsy
                 yield batch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embed_module, "FeatureExtractor", BreaksInTheThirdBatch)
+        patch.setattr(cache_module, "FeatureExtractor", BreaksInTheThirdBatch)
         main(arguments(workdir, tmp_path / "f.npz"))
     parts = tmp_path / "f.npz.parts"
     assert not (tmp_path / "f.npz").exists()

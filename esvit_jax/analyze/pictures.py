@@ -285,3 +285,91 @@ def components_figure(
     for axes in grid.flat:
         axes.set_axis_off()
     write_figure(figure, out_path)
+
+
+class Neighbours(NamedTuple):
+    """A picture, and those that are most like it.
+
+    Attributes:
+      query, title: the picture, and what it is.
+      found: the others, the most similar first.
+      captions: of each.
+      same: bool[k], whether each is of the query's class; None where nobody knows.
+    """
+
+    query: Picture
+    title: str
+    found: Sequence[Picture]
+    captions: Sequence[str]
+    same: np.ndarray | None
+
+
+def neighbours_figure(rows: Sequence[Neighbours], out_path: str | os.PathLike[str]) -> None:
+    """Draws a contact sheet: a row for each query; a frame says whether a class is the query's."""
+    from matplotlib.figure import Figure
+
+    columns, cell = 1 + max(len(row.found) for row in rows), 1.25
+    figure = Figure(figsize=(cell * columns, (cell + 0.25) * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, row in zip(grid, rows, strict=True):
+        _picture(line[0], row.query, row.title, None)
+        for i, axes in enumerate(line[1 : 1 + len(row.found)]):
+            color = None if row.same is None else BLUE if row.same[i] else ORANGE
+            _picture(axes, row.found[i], row.captions[i], color)
+    write_figure(figure, out_path)
+
+
+def _picture(axes: "Axes", picture: Picture, title: str, frame: str | None) -> None:
+    axes.imshow(picture, interpolation=_smoothing(picture))
+    axes.set_title(title, fontsize=7, color=frame or "black")
+    if frame:
+        axes.set_axis_on()
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(color=frame, linewidth=2)
+
+
+def map_figure(
+    points: Float[np.ndarray, "n 2"],
+    labels: Int[np.ndarray, " n"] | None,
+    class_names: Sequence[str],
+    title: str,
+    out_path: str | os.PathLike[str],
+) -> None:
+    """Draws images as points, in the colours of their classes if there are at most 20.
+
+    Args:
+      points: where they are.
+      labels: classes from 0, -1 for none; None where there are no labels.
+      class_names: of the classes.
+      title: to stand above it.
+      out_path: PNG file.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    size = float(np.clip(15_000 / len(points), 4, 40))
+    if labels is None or len(class_names) > 20:
+        axes.scatter(*points.T, s=size, color=BLUE, alpha=0.5, linewidths=0)
+    else:
+        colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"].colors
+        for label, name in enumerate(class_names):
+            own = points[labels == label]
+            axes.scatter(*own.T, s=size, color=colors[label], alpha=0.7, linewidths=0, label=name)
+        legend = axes.legend(
+            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2
+        )
+        for handle in legend.legend_handles:
+            handle.set_alpha(1.0)
+    axes.set_title(title, fontsize=10)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("0.85")
+    write_figure(figure, out_path)

@@ -6,7 +6,9 @@
 
 import bisect
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +44,10 @@ class _Records(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def facts(self) -> object:
+        """What changes where the records do, without reading them; JSON holds it."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
@@ -72,6 +78,10 @@ class IndexedSource(_Split):
             raise IndexError(f"record {index} of {len(self)}")
         return self.records[index]
 
+    def fingerprint(self) -> str:
+        """Another one where the records are others; of image files, by their sizes and times."""
+        return _digest([self.name, self.split, self.class_names, self.records.facts()])
+
 
 @dataclasses.dataclass(frozen=True)
 class TFRecordSource(_Split):
@@ -84,6 +94,10 @@ class TFRecordSource(_Split):
 
     def __len__(self) -> int:
         return self.length
+
+    def fingerprint(self) -> str:
+        """Another one where the records are others."""
+        return _digest([self.name, self.split, self.class_names, self.length])
 
     def in_order(self) -> Iterator[Record]:
         """Every record once, in the order of the files."""
@@ -183,6 +197,9 @@ class TfdsRecords:
             image, label = None, -1
         return {"image": b"" if image is None else image, "label": label, "id": self.id(index)}
 
+    def facts(self) -> object:
+        return [len(self), self.shards, self.starts, self.image_key, self.label_key]
+
 
 @dataclasses.dataclass(frozen=True)
 class _FolderRecords:
@@ -201,6 +218,20 @@ class _FolderRecords:
         except OSError:
             image = b""
         return {"image": image, "label": self.labels[index], "id": printable(self.files[index])}
+
+    def facts(self) -> object:
+        def of_file(file: str) -> tuple[str, int, int]:
+            try:
+                status = os.stat(os.path.join(self.folder, file))
+            except OSError:
+                return printable(file), -1, -1
+            return printable(file), status.st_size, status.st_mtime_ns
+
+        return [[of_file(file) for file in self.files], self.labels]
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha1(json.dumps(facts).encode()).hexdigest()
 
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
@@ -232,6 +263,31 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
             raise _name_error(name, error.message) from error
     with buckets.reaching(place), buckets.waiting(place):
         return _open_tfds(name, split, tfds_builder(name, data_dir))
+
+
+def read_images(
+    source: Source, ids: Sequence[str] | np.ndarray, numbers: Sequence[int] | np.ndarray
+) -> list[bytes | np.ndarray]:
+    """Some images, encoded as they were stored.
+
+    Args:
+      source: that has them.
+      ids: of all its images that can be read, in order.
+      numbers: of those that are wanted, among `ids`.
+    """
+    if isinstance(source, TFRecordSource):
+        wanted = {str(ids[n]) for n in numbers}
+        found = {
+            record["id"]: record["image"] for record in source.in_order() if record["id"] in wanted
+        }
+        return [found[str(ids[n])] for n in numbers]
+    images = []
+    for n in numbers:
+        index = int(n)  # or later: some before it cannot be read
+        while (record := source[index])["id"] != ids[n]:
+            index += 1
+        images.append(record["image"])
+    return images
 
 
 def _open_tfds(name: str, split: str, builder: _Builder) -> Source:

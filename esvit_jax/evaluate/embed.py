@@ -5,23 +5,19 @@ memory does not grow with the data and a broken run goes on where it was; the fi
 from them at the end. Of several processes, each computes batches of its own on its own devices.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree
 from rich.console import Console
 
-from esvit_jax import buckets, parallel, processes
+from esvit_jax import buckets, processes
 from esvit_jax.checkpoint import LoadedModel, load_model
-from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
-from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
+from esvit_jax.evaluate.cache import NetworkFeatures
 from esvit_jax.evaluate.parts import WRITERS, Parts
 from esvit_jax.runlog.alive import signs_of_life
 
@@ -163,13 +159,14 @@ def embed(
     else:
         loaded = load_model(network, step, strict=strict)
     source = _open(loaded, data, split, data_dir)
-    work = _Work(loaded, source, regions, batch_size)
+    columns = ("view_features", "region_features") if regions else ("view_features",)
+    work = NetworkFeatures(loaded, [source], columns, batch_size=batch_size)
     console = (console or Console()) if jax.process_index() == 0 else Console(quiet=True)
-    with signs_of_life(work.extractor.describe, console):
+    with signs_of_life(work.describe, console):
         if out is None:
-            return _in_memory(work)
+            return _in_memory(work, source)
         with buckets.reaching(out):
-            return _in_file(work, epath.Path(out), console)
+            return _in_file(work, source, epath.Path(out), console)
 
 
 @buckets.reads_bucket
@@ -196,118 +193,42 @@ def _open(
         return open_source(data or config.name, wanted, data_dir or config.data_dir or None)
 
 
-class _Work:
-    """A network and the images it is to be run on."""
+def _found(source: Source, images: int) -> dict[str, Any]:
+    """What is known when all is done.
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        source: Source,
-        regions: bool,
-        batch_size: int | None,
-    ):
-        config, backbone = loaded.config.copy_and_resolve_references(), loaded.model.backbone
-        config.evaluate.batch_size = batch_size or config.evaluate.batch_size
-        self._loaded, self._config, self.source, self._regions = loaded, config, source, regions
-
-        def extract(params: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            out = backbone.forward(params, evaluation_images(config, batch))
-            if not regions:
-                return {"view_features": out.view_features}
-            return {"view_features": out.view_features, "region_features": out.region_features}
-
-        self.extractor = FeatureExtractor(extract, config, [source], own_devices=True)
-        # "pmap" is where each process has its own replicas, which any mode takes.
-        self._params = parallel.replicate(loaded.network()["backbone"], "pmap")
-
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.source) // self.extractor.batch_size)
-
-    def batches(self, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Columns of the batches from `first` on; labels are -1 where there are none."""
-        for batch in self.extractor.batches(self._params, self.source, first):
-            yield batch["features"] | {"label": batch["label"], "id": np.array(batch["id"], str)}
-
-    def about(self) -> dict[str, Any]:
-        """What features depend on: parts of an earlier start must agree in all of it."""
-        loaded, config, source = self._loaded, self._config, self.source
-        regions = ["region_features"] if self._regions else []
-        params = hashlib.sha1()
-        for array in jax.tree.leaves(self._params):
-            params.update(np.asarray(array).tobytes())
-        return {
-            "network": loaded.origin.get("key", "teacher"),
-            "params_sha1": params.hexdigest(),
-            "step": loaded.step,
-            "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},
-            "data": source.name,
-            "split": source.split,
-            "records": len(source),
-            "batch_size": self.extractor.batch_size,
-            "image_size": config.evaluate.size or config.views.global_size,
-            "crop": config.evaluate.crop,
-            "canvas_size": config.data.canvas_size,
-            "dtype": config.dtype,
-            "columns": ["view_features", *regions],
-        }
-
-    def found(self, images: int) -> dict[str, Any]:
-        """What is known when all is done.
-
-        Raises:
-          UserError: nothing was found.
-        """
-        source = self.source
-        if not images:
-            raise UserError(
-                f"{source.name} {source.split}: none of {len(source)} records is an image"
-            )
-        unreadable = len(source) - images
-        return {"class_names": list(source.class_names), "images": images, "unreadable": unreadable}
+    Raises:
+      UserError: nothing was found.
+    """
+    if not images:
+        raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")
+    unreadable = len(source) - images
+    return {"class_names": list(source.class_names), "images": images, "unreadable": unreadable}
 
 
-def _in_memory(work: _Work) -> Embedding:
-    batches = list(work.batches())
+def _in_memory(work: NetworkFeatures, source: Source) -> Embedding:
+    batches = list(work.batches(source))
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    about = work.about() | work.found(len(columns["id"]))
+    about = work.about(source) | _found(source, len(columns["id"]))
     label = columns["label"] if (columns["label"] >= 0).any() else None
     return Embedding(
         columns["view_features"], columns.get("region_features"), label, columns["id"], about
     )
 
 
-def _in_file(work: _Work, out: epath.Path, console: Console) -> dict[str, Any]:
+def _in_file(
+    work: NetworkFeatures, source: Source, out: epath.Path, console: Console
+) -> dict[str, Any]:
     def report(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    about, first = work.about(), jax.process_index() == 0
-    processes.check_same(about | {"out": os.fspath(out)})
-    parts = Parts(out, about, work.num_batches)
-    missing = processes.from_first(parts.begin(report) if first else None)
-    mine = np.array_split(missing, jax.process_count())[jax.process_index()].tolist()
-    for start, stop in _runs(mine):
-        for i, batch in zip(range(start, stop), work.batches(start), strict=False):
-            parts.write(i, batch)
-
-    processes.meet()
-    if first:
+    about = work.about(source)
+    parts = Parts(out, about, work.num_batches(source))
+    work.fill(parts, source, report)
+    if jax.process_index() == 0:
         try:
-            about |= work.found(parts.count_images())
+            about |= _found(source, parts.count_images())
         except UserError:
             parts.remove()
             raise
         parts.make_whole(about)
     return processes.from_first(about)
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Rising numbers as [first, stop) of each run of them.
-
-    >>> _runs([0, 3, 4, 6])
-    [(0, 1), (3, 5), (6, 7)]
-    """
-    there = set(numbers)
-    firsts = [i for i in numbers if i - 1 not in there]
-    stops = [i + 1 for i in numbers if i + 1 not in there]
-    return list(zip(firsts, stops, strict=True))

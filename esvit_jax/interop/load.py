@@ -130,10 +130,10 @@ def preprocessor(config: ConfigDict) -> Preprocess:
 
 
 def read_canvases(images: Sequence[Any], canvas_size: int) -> dict[str, np.ndarray]:
-    """Images as `preprocess` takes them, as the loader gives them to a device.
+    """Images as the loader gives them to a device.
 
     Args:
-      images: at least one.
+      images: at least one; as `preprocess` takes them, or the bytes of files.
       canvas_size: pixels along the side of a canvas.
 
     Returns:
@@ -158,7 +158,7 @@ def _decode(image: Any, canvas_size: int) -> tuple[np.ndarray, np.ndarray]:
         image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     elif hasattr(image, "__array__"):
         image = np.asarray(image)
-    else:
+    elif not isinstance(image, bytes):
         raise UserError(
             f"a {type(image).__name__} is no image; take a path, a Pillow image or uint8[h, w, 3]"
         )

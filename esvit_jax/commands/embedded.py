@@ -1,0 +1,69 @@
+"""What commands share that draw the features of a split."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from esvit_jax.commands.arguments import (
+    Parser,
+    add_key,
+    add_network,
+    add_split,
+    open_split,
+    output_folder,
+    path,
+    quiet_libraries,
+)
+from esvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from esvit_jax.checkpoint import LoadedModel
+    from esvit_jax.data.sources import Source
+    from esvit_jax.evaluate.cache import KeptFeatures
+
+
+def add_flags(parser: Parser, file: str) -> None:
+    """A network, a split, and where `file` goes."""
+    add_network(parser)
+    add_key(parser)
+    add_split(parser)
+    parser.add_argument(
+        "--out", type=path, metavar="FOLDER",
+        help=f"for {file} (default: the workdir, if network and data are the run's own)",
+    )  # fmt: skip
+
+
+def open_all(arguments: Any) -> "tuple[Console, LoadedModel, Source, str]":
+    """What the flags name, and the folder to draw in.
+
+    Raises:
+      UserError: there is no such network or data, or no folder.
+    """
+    from rich.console import Console
+
+    from esvit_jax.checkpoint import load_model
+
+    quiet_libraries()
+    folder = output_folder(arguments)
+    if not folder:
+        raise UserError("--out is missing: the folder to draw in, as the images are not the run's")
+    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
+    return Console(), loaded, open_split(arguments, loaded), folder
+
+
+def features_of(
+    loaded: "LoadedModel", source: "Source", arguments: Any, console: "Console"
+) -> "KeptFeatures":
+    """View features of the split, which lie in the workdir for the next time.
+
+    Raises:
+      UserError: no record is an image.
+    """
+    from esvit_jax.evaluate.cache import kept_features
+
+    folder = os.path.join(arguments.workdir, "features")
+    (kept,) = kept_features(loaded, [source], folder, key=arguments.key, console=console)
+    if not len(kept.labels):
+        raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")
+    return kept
