@@ -6,7 +6,7 @@ from PIL import Image
 from test_knn_command import save_random
 
 from esvit_jax import checkpoint
-from esvit_jax.data.sources import open_source, read_images
+from esvit_jax.data.sources import IndexedSource, open_source, read_images
 from esvit_jax.evaluate import cache
 from esvit_jax.evaluate.cache import KeptFeatures, NetworkFeatures, kept_features
 from esvit_jax.evaluate.features import FeatureExtractor, view_features
@@ -46,6 +46,7 @@ def test_what_is_kept_are_the_features(loaded, tmp_path):
     np.testing.assert_allclose(kept.array(), features, atol=1e-6)
     np.testing.assert_array_equal(kept.labels, labels)
     assert [len(block) for block, _ in kept] == [8, 8, 4]
+    assert isinstance(source, IndexedSource)
     assert list(kept.ids) == [source[i]["id"] for i in range(20)]
     # Read again, the same.
     np.testing.assert_array_equal(np.concatenate([x for x, _ in kept]), kept.array())

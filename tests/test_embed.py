@@ -239,7 +239,7 @@ def test_any_flipped_bit_of_a_part_is_found_or_changes_nothing(tmp_path):
     for bit in range(0, 8 * len(content), 3):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(flipped)
+        file.write_bytes(bytes(flipped))
         if parts.begin(lambda message: None):
             found += 1
             continue

@@ -63,7 +63,7 @@ def _match(
     backbone, params = loaded.model.backbone, loaded.network(key)["backbone"]
     forward = jax.jit(lambda images: backbone.forward(params, images).region_features)
     maps = forward(first), forward(second)
-    shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
+    shapes = maps[0].shape[1:3], maps[1].shape[1:3]
     found = correspond(*(rearrange(x, "b h w d -> b (h w) d") for x in maps))
 
     def picture(view: jax.Array) -> Picture:

@@ -357,14 +357,14 @@ def map_figure(
     if labels is None or len(class_names) > 20:
         axes.scatter(*points.T, s=size, color=BLUE, alpha=0.5, linewidths=0)
     else:
-        colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"].colors
+        colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
         for label, name in enumerate(class_names):
             own = points[labels == label]
-            axes.scatter(*own.T, s=size, color=colors[label], alpha=0.7, linewidths=0, label=name)
+            axes.scatter(*own.T, s=size, color=colors(label), alpha=0.7, linewidths=0, label=name)
         legend = axes.legend(
             frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2
         )
-        for handle in legend.legend_handles:
+        for handle in filter(None, legend.legend_handles):
             handle.set_alpha(1.0)
     axes.set_title(title, fontsize=10)
     axes.set_aspect("equal", adjustable="datalim")

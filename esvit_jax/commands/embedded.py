@@ -1,6 +1,5 @@
 """What commands share that draw the features of a split."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -13,6 +12,7 @@ from esvit_jax.commands.arguments import (
     path,
     quiet_libraries,
 )
+from esvit_jax.commands.labelled import features_folder
 from esvit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def features_of(
     """
     from esvit_jax.evaluate.cache import kept_features
 
-    folder = os.path.join(arguments.workdir, "features")
+    folder = features_folder(arguments)
     (kept,) = kept_features(loaded, [source], folder, key=arguments.key, console=console)
     if not len(kept.labels):
         raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")

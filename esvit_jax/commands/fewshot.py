@@ -19,6 +19,7 @@ from esvit_jax.commands.labelled import (
     add_report,
     add_splits,
     describe_splits,
+    features_folder,
     load_network,
     open_splits,
     report_file,
@@ -75,8 +76,8 @@ def run(arguments: Any) -> None:
     import jax
     from rich.console import Console
 
-    from esvit_jax.evaluate.blocks import ArrayBlocks
-    from esvit_jax.evaluate.features import labelled_features
+    from esvit_jax.evaluate.blocks import targets_of
+    from esvit_jax.evaluate.cache import labelled_blocks
     from esvit_jax.evaluate.fewshot import few_shot, few_shot_result, few_shot_table
     from esvit_jax.runlog.alive import signs_of_life
 
@@ -89,18 +90,23 @@ def run(arguments: Any) -> None:
     num_classes = sources[0].num_classes
     if num_classes < 2:
         raise UserError(f"{sources[0].name} has one class; a probe needs two to tell apart")
-    train, test = labelled_features(loaded, sources, "a probe", key=arguments.key, console=console)
-    amounts = amounts_of(arguments, train[1], num_classes, console)
+    train, test = labelled_blocks(
+        loaded, sources, "a probe", key=arguments.key, keep=features_folder(arguments),
+        console=console,
+    )  # fmt: skip
+    amounts = amounts_of(arguments, targets_of(train), num_classes, console)
     doing = ["probes"]
     with signs_of_life(lambda: doing[-1], console):
         found = few_shot(
-            ArrayBlocks(*train), ArrayBlocks(*test), num_classes, amounts,
+            train, test, num_classes, amounts,
             seeds=range(arguments.seeds), progress=doing.append,
         )  # fmt: skip
     if not first:
         return
     head = describe_splits(loaded, arguments.key, sources, (len(train[1]), len(test[1])))
     result = few_shot_result(found, loaded.step)
+    head = describe_splits(loaded, arguments.key, sources, (len(train), len(test)))
+    result = few_shot_result(found, head["key"], loaded.step)
     amounts_found = [
         {"labels": str(one.labels), "images": one.images, "l2": one.l2, **one.values}
         for one in found

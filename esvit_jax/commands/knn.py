@@ -19,6 +19,7 @@ from esvit_jax.commands.labelled import (
     add_report,
     add_splits,
     describe_splits,
+    features_folder,
     load_network,
     open_splits,
     report_file,
@@ -93,20 +94,24 @@ def evaluate(
     console: "Console",
 ) -> tuple[dict[str, float], tuple[int, int]]:
     """The accuracies, and how many images of each source could be read."""
-    from esvit_jax.evaluate.features import labelled_features
+    from esvit_jax.evaluate.blocks import in_memory
+    from esvit_jax.evaluate.cache import labelled_blocks
     from esvit_jax.evaluate.knn import TEMPERATURE, knn_accuracy
     from esvit_jax.runlog.alive import signs_of_life
 
-    train, test = labelled_features(loaded, sources, "k-NN", key=arguments.key, console=console)
-    images = len(train[1]), len(test[1])
+    splits = labelled_blocks(
+        loaded, sources, "k-NN", key=arguments.key, keep=features_folder(arguments), console=console
+    )
+    train, test = map(in_memory, splits)
+    images = len(train), len(test)
     ks = arguments.k or loaded.config.evaluate.k
     with (
         signs_of_life(lambda: f"comparing {images[1]} images with {images[0]}", console),
         renamed(ks="config.evaluate.k"),
     ):
         values = knn_accuracy(
-            *train, *test, ks=ks, temperature=arguments.temperature or TEMPERATURE,
-            num_classes=sources[0].num_classes,
+            train.features, train.targets, test.features, test.targets, ks=ks,
+            temperature=arguments.temperature or TEMPERATURE, num_classes=sources[0].num_classes,
         )  # fmt: skip
     if max(ks) > images[0]:
         console.print(

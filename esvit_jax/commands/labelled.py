@@ -43,6 +43,11 @@ def report_file(arguments: Any, name: str) -> str | None:
     return arguments.out or (os.path.join(arguments.workdir, name) if own else None)
 
 
+def features_folder(arguments: Any) -> str:
+    """Where features of splits are kept for the next command that wants them."""
+    return os.path.join(arguments.workdir, "features")
+
+
 def load_network(arguments: Any, out: str | None, first: bool) -> "LoadedModel":
     """The network that the flags of `add_network` name.
 

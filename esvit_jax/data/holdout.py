@@ -24,6 +24,9 @@ class _Chosen:
     def __getitem__(self, index: int) -> Record:
         return self.source[self.indices[index]]
 
+    def facts(self) -> object:
+        return [self.source.fingerprint(), self.indices]
+
 
 def hold_out(source: Source) -> tuple[IndexedSource, IndexedSource]:
     """Splits a source in two: what is left to train on, and what is held out.

@@ -44,6 +44,9 @@ class _Records(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+
+@runtime_checkable
+class _OnDisk(Protocol):
     def facts(self) -> object:
         """What changes where the records do, without reading them; JSON holds it."""
         ...
@@ -80,7 +83,8 @@ class IndexedSource(_Split):
 
     def fingerprint(self) -> str:
         """Another one where the records are others; of image files, by their sizes and times."""
-        return _digest([self.name, self.split, self.class_names, self.records.facts()])
+        facts = self.records.facts() if isinstance(self.records, _OnDisk) else len(self)
+        return _digest([self.name, self.split, self.class_names, facts])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,9 @@ class ArrayBlocks:
             rows = slice(start, start + self.size)
             yield np.asarray(self.features[rows]), np.asarray(self.targets[rows])
 
+    def __len__(self) -> int:
+        return len(self.features)
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectedBlocks:

@@ -22,8 +22,13 @@ from esvit_jax import buckets, parallel, processes
 from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source
-from esvit_jax.evaluate.blocks import Block
-from esvit_jax.evaluate.features import FeatureExtractor, evaluation_images
+from esvit_jax.evaluate.blocks import ArrayBlocks, Block
+from esvit_jax.evaluate.features import (
+    FeatureExtractor,
+    check_split,
+    evaluation_images,
+    labelled_features,
+)
 from esvit_jax.evaluate.parts import Parts
 from esvit_jax.models.backbone import BackboneOutput
 from esvit_jax.runlog.alive import signs_of_life
@@ -164,6 +169,9 @@ class KeptFeatures:
             if len(part["label"]):
                 yield part[self.column], part["label"]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def array(self) -> np.ndarray:
         """All of it in memory, [n, ...]."""
         return np.concatenate([features for features, _ in self])
@@ -201,6 +209,38 @@ def kept_features(
             labels, ids = zip(*((part["label"], part["id"]) for part in parts), strict=True)
             found.append(KeptFeatures(parts, column, np.concatenate(labels), np.concatenate(ids)))
     return found
+
+
+def labelled_blocks(
+    loaded: LoadedModel,
+    sources: Sequence[Source],
+    what: str,
+    *,
+    key: str | None = None,
+    keep: str | os.PathLike[str] | None = None,
+    console: Console | None = None,
+) -> list[KeptFeatures | ArrayBlocks]:
+    """View features and labels of splits.
+
+    Args:
+      loaded: the network.
+      sources: of the splits; images that cannot be read are left out.
+      what: needs the labels, such as "k-NN".
+      key: "teacher" or "student"; None as in `LoadedModel.network`.
+      keep: the folder of `kept_features`; None keeps nothing, and has all in memory.
+      console: for signs of life; None is standard output.
+
+    Raises:
+      UserError, RunError: see `check_split`.
+    """
+    if keep is None:
+        arrays = labelled_features(loaded, sources, what, key=key, console=console)
+        return [ArrayBlocks(*split) for split in arrays]
+    found = kept_features(loaded, sources, keep, key=key, console=console)
+    for source, split in zip(sources, found, strict=True):
+        finite = np.concatenate([np.isfinite(x).all(axis=1, keepdims=True) for x, _ in split])
+        check_split(source, np.where(finite, 0.0, np.nan).astype(np.float32), split.labels, what)
+    return list(found)
 
 
 def _parts_of(folder: epath.Path, about: dict[str, Any], count: int) -> Parts:

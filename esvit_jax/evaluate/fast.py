@@ -4,6 +4,7 @@ Features are those of the centres of images, computed once; nothing is augmented
 those of the published protocol (`linear.py`), only close to them.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from rich.table import Table
 from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.data.sources import Source
 from esvit_jax.errors import UserError
-from esvit_jax.evaluate.blocks import ArrayBlocks, Blocks, SelectedBlocks, targets_of
-from esvit_jax.evaluate.features import labelled_features
+from esvit_jax.evaluate.blocks import Blocks, SelectedBlocks, targets_of
+from esvit_jax.evaluate.cache import labelled_blocks
 from esvit_jax.evaluate.logistic import Logistic, fit_logistic
 from esvit_jax.evaluate.metrics import METRICS
 from esvit_jax.evaluate.result import Result
@@ -77,6 +78,7 @@ def fast_linear(
     *,
     key: str | None = None,
     l2: Sequence[float] = L2_GRID,
+    keep: str | os.PathLike[str] | None = None,
     console: Console | None = None,
 ) -> FastLinear:
     """`fast_probe` of a network's view features.
@@ -86,6 +88,7 @@ def fast_linear(
       train, test: splits of the same classes.
       key: "teacher" or "student"; see `LoadedModel.network`.
       l2: to choose from.
+      keep: folder for the features; see `labelled_blocks`.
       console: for signs of life; None is standard output.
 
     Raises:
@@ -95,12 +98,16 @@ def fast_linear(
     if train.num_classes < 2:
         raise UserError(f"{train.name} has one class; a probe needs two to tell apart")
     console = console or Console()
-    arrays = labelled_features(loaded, (train, test), "a probe", key=key, console=console)
-    first, second = (ArrayBlocks(*split) for split in arrays)
+    first, second = labelled_blocks(
+        loaded, (train, test), "a probe", key=key, keep=keep, console=console
+    )
     with signs_of_life(lambda: f"logistic regression, {len(l2)} strengths of ℓ2", console):
         probe = fast_probe(first, second, train.num_classes, l2=l2)
     result = Result("linear_fast", probe.values, step=loaded.step)
     return FastLinear(result, probe, (len(arrays[0][1]), len(arrays[1][1])))
+    own = key or loaded.origin.get("key", "teacher")
+    result = Result("linear_fast", probe.values, own, loaded.step)
+    return FastLinear(result, probe, (len(first), len(second)))
 
 
 def fast_table(found: FastLinear) -> Table:
