@@ -18,7 +18,6 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "pyyaml",
-    "scikit-learn",
     "setuptools",  # a test builds the package, and environments of Python 3.12 come without it
 ]
 

@@ -27,7 +27,6 @@ def write_set(
         writer = ArrayRecordWriter(str(file), "group_size:1")
         for record in records:
             example: Any = getattr(tf_example_pb2, "Example")()  # noqa: B009
-            example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
             for key, value in record.items():
                 feature = example.features.feature[key]
                 if isinstance(value, bytes):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from esvit_jax.checkpoint import LoadedModel
     from esvit_jax.data.sources import Source
-    from esvit_jax.evaluate.result import Result
 
 # Images of the split that are drawn.
 DRAWN = 6
@@ -92,14 +91,21 @@ def _evaluate(
         for workdir, network in loaded.items()
     }
     report = [
-        {"workdir": workdir, "step": result.step, "key": result.subject, "data": source.name,
-         "split": source.split, "images": images, **result.values}
+        {
+            "workdir": workdir,
+            "step": result.step,
+            "key": _key(arguments, loaded[workdir]),
+            "data": source.name,
+            "split": source.split,
+            "images": images,
+            **result.values,
+        }
         for workdir, (result, images) in results.items()
-    ]  # fmt: skip
+    ]
     if arguments.json:
         print(json.dumps(report))
     else:
-        console.print(_table({workdir: result for workdir, (result, _) in results.items()}))
+        console.print(_table(report))
     count = results[arguments.workdir][1]
     words = f"{count} images of {source.name} {source.split}, the ten surest matches of each"
     if not folder:
@@ -109,19 +115,22 @@ def _evaluate(
     return f"{words}; in {folder}: correspondence.json, correspondence.png"
 
 
-def _table(results: "dict[str, Result]") -> "Table":
+def _key(arguments: Any, loaded: "LoadedModel") -> str:
+    return arguments.key or loaded.origin.get("key", "teacher")
+
+
+def _table(report: list[dict[str, Any]]) -> "Table":
     from rich.table import Table
 
     columns = ("network", "hits %", "distance px", "cells", "similarity of the 11th")
     table = Table(*columns, title="correspondence")
     for column in table.columns[1:]:
         column.justify = "right"
-    for workdir, result in results.items():
-        values = result.values
+    for line in report:
         table.add_row(
-            f"{workdir}, {result.subject} at step {result.step}", f"{values['accuracy']:.1f}",
-            f"{values['distance']:.1f}", f"{values['distance_cells']:.2f}",
-            f"{values['cutoff_similarity']:.3f}",
+            f"{line['workdir']}, {line['key']} at step {line['step']}", f"{line['accuracy']:.1f}",
+            f"{line['distance']:.1f}", f"{line['distance_cells']:.2f}",
+            f"{line['cutoff_similarity']:.3f}",
         )  # fmt: skip
     return table
 

@@ -103,10 +103,8 @@ def run(arguments: Any) -> None:
         )  # fmt: skip
     if not first:
         return
-    head = describe_splits(loaded, arguments.key, sources, (len(train[1]), len(test[1])))
-    result = few_shot_result(found, loaded.step)
     head = describe_splits(loaded, arguments.key, sources, (len(train), len(test)))
-    result = few_shot_result(found, head["key"], loaded.step)
+    result = few_shot_result(found, loaded.step)
     amounts_found = [
         {"labels": str(one.labels), "images": one.images, "l2": one.l2, **one.values}
         for one in found

@@ -20,6 +20,7 @@ from esvit_jax.commands.labelled import (
     add_report,
     add_splits,
     describe_splits,
+    features_folder,
     load_network,
     open_splits,
     report_file,
@@ -121,7 +122,9 @@ def run_fast(arguments: Any) -> None:
     out = report_file(arguments, FAST_FILE)
     loaded = load_network(arguments, out, first)
     sources = open_splits(arguments, loaded.config, "a linear probe")
-    found = fast_linear(loaded, *sources, key=arguments.key, console=console)
+    found = fast_linear(
+        loaded, *sources, key=arguments.key, keep=features_folder(arguments), console=console
+    )
     report = describe_splits(loaded, arguments.key, sources, found.images) | found.json()
     if not first:
         return

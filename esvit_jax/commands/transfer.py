@@ -146,7 +146,7 @@ def scores_of(
     try:
         return [
             transfer(
-                network, opened, protocol, keep_in=os.path.join(workdir, "linear"), key=key,
+                network, opened, protocol, keep_in=workdir, key=key,
                 console=console,
             )
             for network, key, workdir in zip(networks, keys, workdirs, strict=False)

@@ -23,7 +23,7 @@ from esvit_jax.data import augment
 from esvit_jax.data.sources import Source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate.features import FeatureExtractor
-from esvit_jax.evaluate.result import TEACHER, Result
+from esvit_jax.evaluate.result import Result
 from esvit_jax.models import Backbone
 from esvit_jax.runlog.alive import signs_of_life
 
@@ -182,7 +182,6 @@ def evaluate_correspondence(
       RunError: features are not finite.
     """
     backbone, config = loaded.model.backbone, loaded.config
-    origin_key = loaded.origin.get("key", TEACHER)
     params = parallel.replicate(loaded.network(key)["backbone"], config.parallel)
     extractor = FeatureExtractor(correspondence(backbone, config, seed), config, [source])
     with signs_of_life(extractor.describe, console):
@@ -203,4 +202,4 @@ def evaluate_correspondence(
         "distance_cells": mean["distance"],
         "cutoff_similarity": mean["cutoff_similarity"],
     }
-    return Result("correspondence", values, key or origin_key, loaded.step), count
+    return Result("correspondence", values, step=loaded.step), count

@@ -104,9 +104,6 @@ def fast_linear(
     with signs_of_life(lambda: f"logistic regression, {len(l2)} strengths of ℓ2", console):
         probe = fast_probe(first, second, train.num_classes, l2=l2)
     result = Result("linear_fast", probe.values, step=loaded.step)
-    return FastLinear(result, probe, (len(arrays[0][1]), len(arrays[1][1])))
-    own = key or loaded.origin.get("key", "teacher")
-    result = Result("linear_fast", probe.values, own, loaded.step)
     return FastLinear(result, probe, (len(first), len(second)))
 
 

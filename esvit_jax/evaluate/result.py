@@ -6,13 +6,14 @@ from typing import Any
 
 # Whose features were evaluated. The teacher's are what one gets without asking; the names of all
 # others stand before the evaluation's in a line of metrics.
-TEACHER, STUDENT, RAW_PIXELS = "teacher", "student", "raw_pixels"
-SUBJECTS = (TEACHER, STUDENT, RAW_PIXELS)
+TEACHER, RAW_PIXELS = "teacher", "raw_pixels"
+SUBJECTS = (TEACHER, RAW_PIXELS)
 # Units of quantities, by the first part of their names; what is not here has none.
 PERCENTS = (
     "top1", "top5", "top1_spread", "top5_spread", "mean_per_class", "map11", "roc_auc", "miou",
+    "accuracy",
 )  # fmt: skip
-UNITS: dict[str, str] = dict.fromkeys(PERCENTS, "%")
+UNITS: dict[str, str] = dict.fromkeys(PERCENTS, "%") | {"distance": "px"}
 # How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
 # quantity apart; what is not here is written as it is.
 TITLES = {

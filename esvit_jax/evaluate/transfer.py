@@ -1,6 +1,7 @@
 """How a backbone does on other data sets: a probe and k-NN on each, judged as the set asks."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +14,12 @@ from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.data.multilabel import open_multilabel
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError
-from esvit_jax.evaluate.blocks import ArrayBlocks
+from esvit_jax.evaluate.blocks import ArrayBlocks, in_memory
+from esvit_jax.evaluate.cache import labelled_blocks
 from esvit_jax.evaluate.fast import L2_GRID, fast_probe, of_each_class
 from esvit_jax.evaluate.features import (
     FeatureExtractor,
     check_split,
-    labelled_features,
     view_features,
 )
 from esvit_jax.evaluate.fewshot import too_few
@@ -154,7 +155,7 @@ def transfer(
       loaded: the network.
       opened: see `open_set`.
       protocol: of the probe.
-      keep_in: folder for the published protocol; see `linear_probe`.
+      keep_in: folder for what it computes, in `features/` and `linear/`.
       key: "teacher" or "student"; see `LoadedModel.network`.
       console: for signs of life; None is standard output.
 
@@ -171,16 +172,19 @@ def transfer(
             "another protocol"
         )
     if opened.targets is None:
-        train, test = (
-            Split(*arrays)
-            for arrays in labelled_features(loaded, opened.sources, "a probe", key=key,
-                                            console=console)
+        splits = labelled_blocks(
+            loaded, opened.sources, "a probe", key=key, keep=os.path.join(keep_in, "features"),
+            console=console,
         )  # fmt: skip
+        train, test = (Split(x.features, x.targets) for x in map(in_memory, splits))
     else:
         train, test = _multilabel_features(loaded, opened, key, console)
     doing = [f"probe of {opened.name}"]
     if protocol.published:
-        found = linear_probe(loaded, *opened.sources, keep_in=keep_in, key=key, console=console)
+        found = linear_probe(
+            loaded, *opened.sources, keep_in=os.path.join(keep_in, "linear"), key=key,
+            console=console,
+        )  # fmt: skip
         probe, l2 = [found.result.values[metric]], []
     else:
         with signs_of_life(lambda: doing[-1], console):
@@ -228,7 +232,7 @@ def _probes(
 def _multilabel_features(
     loaded: LoadedModel, opened: SetSources, key: str | None, console: Console
 ) -> list[Split]:
-    """As `labelled_features`, with the targets of each image by its id."""
+    """As `labelled_blocks`, with the targets of each image by its id."""
     assert opened.targets is not None
     params = parallel.replicate(loaded.network(key)["backbone"], loaded.config.parallel)
     extract = view_features(loaded.model.backbone, loaded.config)
