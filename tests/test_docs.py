@@ -47,8 +47,8 @@ def test_commands_exist():
 @pytest.mark.parametrize(
     "command",
     [
-        "train", "knn", "linear", "fewshot", "transfer", "dense", "finetune", "embed",
-        "convert", "export", "bench", "plan", "doctor",
+        "train", "knn", "linear", "fewshot", "transfer", "dense", "finetune", "correspond",
+        "attention", "neighbours", "map", "embed", "convert", "export", "bench", "plan", "doctor",
     ],
 )  # fmt: skip
 def test_flags_exist(command: str):
