@@ -19,7 +19,7 @@ from test_loop import environment
 
 import esvit_jax
 from esvit_jax import buckets, checkpoint, loop
-from esvit_jax.commands import embed, knn
+from esvit_jax.commands import embed, finetune, knn, linear
 from esvit_jax.data import sources
 from esvit_jax.errors import RUN_ERROR, RunError, UserError
 from esvit_jax.lock import Lock
@@ -235,6 +235,23 @@ def test_evaluations_read_and_write(killed, local, tmp_path, capsys):
     assert list(ours["id"]) == list(theirs["id"]) and len(ours["id"]) == 40
     with pytest.raises(UserError, match=r"--out=gs://.*features.npz: it exists already"):
         embed.main([f"--workdir={killed}", f"--out={killed}/features.npz", *data])
+
+
+def test_training_on_labels_reads_and_writes(killed, local, tmp_path):
+    """From a bucket, with what is kept on the way in it, as from a local folder."""
+    data = ["--train_split=train[:60]", "--test_split=test[:40]", "--epochs=2", "--batch_size=20"]
+    probe = [*data, "--blocks=1,2", "--learning_rates=0.1,1"]
+    linear.main([f"--workdir={killed}", f"--out={killed}/probe.json", *probe])
+    linear.main([f"--workdir={local}", f"--out={tmp_path}/probe.json", *probe])
+    ours = json.loads((killed / "probe.json").read_text())
+    assert ours == json.loads((tmp_path / "probe.json").read_text())
+
+    finetune.main([f"--workdir={killed}", f"--out={killed}/tuned", *data])
+    finetune.main([f"--workdir={local}", f"--out={tmp_path}/tuned", *data])
+    ours, theirs = (esvit_jax.load(f"{folder}/tuned") for folder in (killed, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, ours.variables, theirs.variables)
+    files = {path.name for path in (killed / "tuned").iterdir()}
+    assert files >= {"checkpoints", "classifier.npz", "config.json", "metrics.jsonl"}
 
 
 def test_exports_and_conversions_read(killed, tmp_path):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from rich.console import Console
 from test_convert import random_params
 from test_knn_command import PHOTOS, save_random
@@ -189,32 +190,47 @@ def finetune(out, config, backbone, console=QUIET):
     )
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path, config, monkeypatch):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A whole run with drop path, its network and its config."""
+    config = tiny.tiny_config()
     config.backbone.drop_path_rate = 0.2
     backbone = parallel.replicate(random_params(config, 1)["backbone"], "pmap")
-    undisturbed = finetune(tmp_path / "a", config, backbone)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, finetune(folder, config, backbone), config, backbone
 
-    check = library.finite_loss
+
+@pytest.mark.parametrize("where", ["step 5", "the evaluation after step 6"])
+def test_an_interrupted_run_goes_on_exactly(tmp_path, undisturbed, monkeypatch, where):
+    folder, expected, config, backbone = undisturbed
+    check, evaluate = library.finite_loss, library._Finetune._evaluate
+
+    def stop(now):
+        if now:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def check_and_stop(done, scalars):
-        if done == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+        stop(where == f"step {done}")
         return check(done, scalars)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"after step 5 of 12"):
+    def evaluate_and_stop(self, done, state):
+        stop(where == f"the evaluation after step {done}")
+        return evaluate(self, done, state)
+
+    out, step = tmp_path / "run", 5 if where == "step 5" else 6
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"step {step} of 12"):
         patch.setattr(library, "finite_loss", check_and_stop)
-        finetune(tmp_path / "b", config, backbone)
+        patch.setattr(library._Finetune, "_evaluate", evaluate_and_stop)
+        finetune(out, config, backbone)
+    assert [line["step"] for line in lines(out) if "finetune/top1/test" in line] == [3]
     console = Console(file=io.StringIO(), width=200)
-    resumed = finetune(tmp_path / "b", config, backbone, console)
-    assert "going on from step 5 of 12" in text_of(console)
-    assert resumed.result == undisturbed.result
-    assert lines(tmp_path / "b") == lines(tmp_path / "a")
-    for name in ("a", "b"):
-        assert not (tmp_path / name / "lock.json").exists()
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(checkpoint.load_model(tmp_path / name).teacher for name in ("a", "b")),
-    )
+    resumed = finetune(out, config, backbone, console)
+    assert f"going on from step {step} of 12" in text_of(console)
+    assert resumed.result == expected.result
+    assert lines(out) == lines(folder)
+    assert not (out / "lock.json").exists()
+    ours, theirs = (checkpoint.load_model(run).teacher for run in (out, folder))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_from_scratch_by_a_config_is_as_from_a_workdirs_architecture(workdir, tmp_path, capsys):

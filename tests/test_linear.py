@@ -83,7 +83,7 @@ def test_the_run_on_its_own_data(workdir, trained, capsys):
     assert report == {
         "step": 6, "key": "teacher", "data": "bundled/fashion_mnist_mini",
         "train_split": "train[:60]", "test_split": "test[:40]",
-        "train_images": 60, "test_images": 40, "train_unreadable": 0, "test_unreadable": 0,
+        "train_images": 60, "test_images": 40, "test_unreadable": 0,
         "epochs": 4.0, "batch_size": 20, "held_out_images": 6, "picked": picked,
         "top1": pytest.approx(tested[0]), "top5": pytest.approx(tested[1]),
     }  # fmt: skip

@@ -158,7 +158,7 @@ def say_splits(
         f"{report['train_images']} training and {report['test_images']} test images of "
         f"{report['data']}, {report['key']} at step {report['step']}"
     ]
-    if unreadable := report["train_unreadable"] + report["test_unreadable"]:
+    if unreadable := report.get("train_unreadable", 0) + report["test_unreadable"]:
         lines.append(f"{unreadable} images could not be read and do not count")
     if out:
         lines.append(f"written to {out}")

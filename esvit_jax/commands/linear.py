@@ -93,6 +93,7 @@ def run(arguments: Any) -> None:
 
     trained, held_out, tested = probe.images
     report = describe_splits(loaded, arguments.key, sources, (trained + held_out, tested))
+    del report["train_unreadable"]  # the log names them, and others took their places
     report |= {"epochs": arguments.epochs} | probe.json()
     if not first:
         return
