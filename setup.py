@@ -18,6 +18,7 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "pyyaml",
+    "setuptools",  # a test builds the package, and environments of Python 3.12 come without it
 ]
 
 setup(

@@ -9,7 +9,7 @@ import platform
 import sys
 
 from esvit_jax import __version__
-from esvit_jax.errors import INTERRUPTED, USER_ERROR, RunError, UserError, exit_status
+from esvit_jax.errors import INTERRUPTED, USER_ERROR, RunError, Stalled, UserError, exit_status
 
 COMMANDS = {
     "train": ("esvit_jax.commands.train", "train a backbone, or go on with an interrupted run"),
@@ -78,6 +78,9 @@ def run(name: str, argv: list[str]) -> int:
         importlib.import_module(COMMANDS[name][0]).main(argv)
     except (UserError, RunError) as error:
         complain(f"esvit {name}", str(error))
+        if isinstance(error, Stalled):
+            sys.stdout.flush()
+            os._exit(exit_status(error))
         return exit_status(error)
     return 0
 

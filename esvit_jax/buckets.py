@@ -84,6 +84,18 @@ def _without_closed_loops(hook: Callable[[Any], Any], unraisable: Any) -> None:
         hook(unraisable)
 
 
+def ready_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path that can be used at once: absolute, or in a bucket that the libraries are ready for.
+
+    Raises:
+      UserError: gcsfs is not installed.
+    """
+    if is_remote(path):
+        make_ready()
+        return epath.Path(path)
+    return epath.Path(path).absolute()
+
+
 def usable_folder(text: str) -> epath.Path:
     """A folder in a bucket, after something was written to it and removed again.
 
@@ -167,6 +179,13 @@ def local_work(file: str | os.PathLike[str]) -> Iterator[Path]:
     except (RunError, OSError) as error:
         raise RunError(f"{work} is whole, but could not be copied: {error}") from error
     shutil.rmtree(folder)
+
+
+def copy_folder(source: str | os.PathLike[str], target: epath.Path) -> None:
+    """Copies all files below a local folder to a folder in a bucket."""
+    with waiting(target):
+        for file in filter(Path.is_file, Path(source).rglob("*")):
+            _copy(epath.Path(file), target / file.relative_to(source).as_posix())
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""A run on disk: `config.json` and Orbax checkpoints, written whole or not at all.
+"""Checkpoints of Orbax on disk, written whole or not at all.
 
 A checkpoint has two items: "model" (student, teacher, centers), all that evaluation needs, and
 "training" (step, counters, the optimiser's moments). A converted checkpoint is a directory with
@@ -6,22 +6,18 @@ the first item alone. Of a damaged checkpoint, which checksums tell, the one bef
 """
 
 import errno
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from jaxtyping import PyTree
 
 from esvit_jax import buckets, checksums, parallel, whole
-from esvit_jax import config as config_lib
 from esvit_jax.config import ConfigDict
+from esvit_jax.config_file import read_config, write_config
 from esvit_jax.errors import DiskFull, RunError, UserError
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.optim import TeacherState
@@ -57,7 +53,7 @@ class Checkpoints:
         keep_every_steps: int | None = None,
         strict: bool = False,
     ):
-        self._directory = _absolute(workdir) / "checkpoints"
+        self._directory = buckets.ready_path(workdir) / "checkpoints"
         whole.newest(self._directory, ITEMS, strict=strict, set_aside=True)
         self._being_saved: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -95,8 +91,7 @@ class Checkpoints:
         """
         if step == self.latest_step() or not (force or self._manager.should_save(step)):
             return
-        with self._unsaved():
-            self._manager.wait_until_finished()
+        self.wait()
         before()
         self._being_saved = step
         model, training = split_state(parallel.to_global(state))
@@ -134,7 +129,7 @@ class Checkpoints:
             )
         return join_state(restored["model"], restored["training"])
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until what was started is on disk.
 
         Raises:
@@ -142,6 +137,10 @@ class Checkpoints:
         """
         with self._unsaved():
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits likewise, and ends the manager."""
+        self.wait()
         with buckets.waiting(self._directory):
             self._manager.close()
 
@@ -211,70 +210,10 @@ def _abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(abstract, tree)
 
 
-def _absolute(workdir: str | os.PathLike) -> epath.Path:
-    if buckets.is_remote(workdir):
-        buckets.make_ready()
-        return epath.Path(workdir)
-    return epath.Path(workdir).absolute()
-
-
-def write_config(
-    workdir: str | os.PathLike,
-    config: ConfigDict,
-    origin: dict[str, Any],
-    name: str = "config.json",
-) -> None:
-    """Writes `workdir/config.json`, whole or not at all.
-
-    Args:
-      workdir: made if it is not there.
-      config: all fields, by their dotted names.
-      origin: what else describes the run (steps per epoch, classes, …), under "facts".
-      name: of the file, where another library wants that one for itself.
-    """
-    directory = _absolute(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"config": config_lib.flatten(config), "facts": origin}, indent=1)
-    temporary = directory / f"{name}.{os.getpid()}.tmp"
-    temporary.write_text(text + "\n")
-    temporary.replace(directory / name)
-
-
-@buckets.reads_bucket
-def read_config(
-    workdir: str | os.PathLike, name: str = "config.json"
-) -> tuple[ConfigDict, dict[str, Any]] | None:
-    """What `write_config` wrote, checked; None where there is no such file.
-
-    Raises:
-      UserError: the file is not one of ours, or somebody has set a field to what cannot work.
-    """
-    path = _absolute(workdir) / name
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not the config of a run: it is no JSON, {error}") from error
-    if not (isinstance(content, dict) and {"config", "facts"} <= content.keys()):
-        raise UserError(f'{path} is not the config of a run: it lacks "config" or "facts"')
-    fields, origin = content["config"], content["facts"]
-    if not (isinstance(fields, dict) and isinstance(origin, dict)):
-        raise UserError(f'{path} is not the config of a run: "config" and "facts" are objects')
-    try:
-        config = config_lib.unflatten(fields)
-        config_lib.check(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return config, origin
-
-
 @buckets.reads_bucket
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Whether a checkpoint is there, damaged or not."""
-    return bool(whole.committed_steps(_absolute(workdir) / "checkpoints"))
+    return bool(whole.committed_steps(buckets.ready_path(workdir) / "checkpoints"))
 
 
 class LoadedModel(NamedTuple):
@@ -282,7 +221,7 @@ class LoadedModel(NamedTuple):
 
     Attributes:
       config: of the run.
-      origin: see `write_config`.
+      origin: see `config_file.write_config`.
       model: the network, `models.create_model(config)`.
       student, teacher: params {"backbone", "view_head", "region_head"}.
       centers: {"view": f32[k], "region": f32[k]}.
@@ -344,7 +283,7 @@ def load_model(
         shapes = {"teacher": {"backbone": params["backbone"]}}
     with (
         ocp.CheckpointManager(
-            _absolute(workdir) / "checkpoints",
+            buckets.ready_path(workdir) / "checkpoints",
             options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
             item_names=ITEMS,
         ) as manager,
@@ -365,7 +304,7 @@ def _step_to_load(workdir: str | os.PathLike, step: int | None, strict: bool) ->
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    directory = _absolute(workdir) / "checkpoints"
+    directory = buckets.ready_path(workdir) / "checkpoints"
     steps = whole.committed_steps(directory)
     if not steps or (step is not None and step not in steps):
         have = f"it has steps {steps}" if steps else "it has none"
@@ -377,18 +316,6 @@ def _step_to_load(workdir: str | os.PathLike, step: int | None, strict: bool) ->
         return found
     whole.check(directory, step, ["model"])
     return step
-
-
-@contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that gets its name at the end, if nothing fails."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_model(
@@ -408,7 +335,7 @@ def save_model(
     model = {"student": student, "teacher": teacher, "centers": centers}
     if origin.get("parts") == "backbone":
         model = {"teacher": teacher}
-    checkpoints = _absolute(directory) / "checkpoints"
+    checkpoints = buckets.ready_path(directory) / "checkpoints"
 
     def before_commit() -> None:
         checksums.write(whole.uncommitted(checkpoints, step))

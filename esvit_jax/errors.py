@@ -52,6 +52,13 @@ def exit_status(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BUG
 
 
+class Stalled(RunError):
+    """Something did not come within the time that it was given; a thread still waits for it.
+
+    An ordinary end of the process would wait for that thread: `os._exit` does not.
+    """
+
+
 class DiskFull(RunError):
     """A run could not write what it had to, as there is no room left."""
 

@@ -2,24 +2,23 @@
 
 import collections
 import functools
-import json
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from esvit_jax import buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax import bad_step, buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax.bad_step import Batch, TriedStep
 from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
-from esvit_jax.errors import RunError, full_disk_in_words, renamed
+from esvit_jax.errors import full_disk_in_words, renamed
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
@@ -32,7 +31,6 @@ from esvit_jax.runlog.signals import StopSignals, in_thread
 from esvit_jax.state import TrainState, create_state, init_params
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
 
-Batch = dict[str, np.ndarray]
 # What the loader calls these fields.
 LOADER_FIELDS = {
     "batch_size": "config.batch_size",
@@ -71,8 +69,9 @@ def train(
     """Trains until `total_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C end it after the step that is being taken, with a checkpoint; before the
-    first step, at once. Of several processes, a signal to any ends all after the same step, two
-    steps later. In a thread other than the main one, signals are left alone.
+    first step, at once. An evaluation is broken off, and made up for by the next start. Of several
+    processes, a signal to any ends all after the same step, two steps later, evaluations included.
+    In a thread other than the main one, signals are left alone.
 
     Args:
       config: see `default_config`.
@@ -97,8 +96,10 @@ def train(
         run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
     start = done = checkpoints.latest_step() or 0
+    alone = jax.process_count() == 1  # nobody waits for what this process breaks off
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
+    stop_if_bad = functools.partial(bad_step.stop_if_bad, config, run.workdir, checkpoints)
     with (
         buckets.reaching(workdir), full_disk_in_words(), renamed(**LOADER_FIELDS),
         closing(run.lock), closing(checkpoints), closing(batches),
@@ -117,6 +118,8 @@ def train(
                 first_batch = next(batches)
             if start < total_steps:
                 compiled(step, state, device_batch(first_batch), what="the step", log=log)
+            if alone and start and not log.evaluated(start):  # it was broken off
+                evaluate(run, state, start, log)
 
         # 2. The loop. Steps are dispatched ahead of the devices; at most two wait there.
         for i in range(start, total_steps):
@@ -126,7 +129,7 @@ def train(
             state, scalars, features = step(state, device_batch(batch))
             in_flight.append(TriedStep(i, scalars, batch))
             if len(in_flight) > 2:
-                stop_if_bad(run, state, in_flight.popleft(), log.say)
+                stop_if_bad(state, in_flight.popleft(), log.say)
             done = i + 1
             log.advance(done)
             profiler.after(done, scalars)
@@ -134,11 +137,9 @@ def train(
                 log.first_step(done, scalars)
             if log.due(done):
                 log.log(done, scalars | spread(features))
-            for evaluator in run.evaluators:
-                if evaluator.due(done):
-                    with log.busy(f"evaluating at step {done}", "evaluation"):
-                        result = evaluator(state.teacher, done)
-                    log.record(result, done)
+            with signals.breaking_off(alone):
+                if not (alone and signals.received):
+                    evaluate(run, state, done, log)
             stopping = anywhere(signals.received)
             with log.account.spent_on("checkpoint"):
                 checkpoints.save(
@@ -149,7 +150,9 @@ def train(
                 log.say(f"stopped by a signal after step {done}; start it again to go on there")
                 break
         while in_flight:
-            stop_if_bad(run, state, in_flight.popleft(), log.say)
+            stop_if_bad(state, in_flight.popleft(), log.say)
+        with log.busy("writing the checkpoint", "checkpoint"):
+            checkpoints.wait()
     return TrainResult(str(run.workdir), done, log.scalars, log.results)
 
 
@@ -182,6 +185,7 @@ class Run(NamedTuple):
             num_workers=self.config.data.num_workers,
             num_threads=self.config.data.num_threads,
             max_bad_records=self.config.data.max_bad_records,
+            max_wait_seconds=self.config.data.max_wait_seconds,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -288,6 +292,17 @@ def first_state(run: Run, log: RunLog) -> TrainState:
     return parallel.replicate(state, config.parallel)
 
 
+def evaluate(run: Run, state: TrainState, done: int, log: RunLog) -> None:
+    """The evaluations that are due after so many steps; recorded if all of them come to an end."""
+    results = []
+    for evaluator in run.evaluators:
+        if evaluator.due(done):
+            with log.busy(f"evaluating at step {done}", "evaluation"):
+                results.append(evaluator(state.teacher, done))
+    for result in results:
+        log.record(result, done)
+
+
 def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
@@ -306,6 +321,7 @@ def compiled(function: Any, *arguments: Any, what: str, log: RunLog) -> Any:
         lowered = function.lower(*arguments)
     with log.busy(f"compiling {what}", "compile"):
         in_thread(lowered.compile)
+    processes.meet()  # collectives wait for half a minute only, and compilers may differ by more
     return function
 
 
@@ -320,51 +336,3 @@ def feature_spread(features: jax.Array) -> dict[str, jax.Array]:
         "feature_std": feature_std(features=features),
         "feature_rank": effective_rank(features=features),
     }
-
-
-class TriedStep(NamedTuple):
-    """A step that was dispatched, and whose outcome nobody has looked at.
-
-    Attributes:
-      step: steps before it.
-      scalars: of the devices.
-      batch: on the host.
-    """
-
-    step: int
-    scalars: Mapping[str, jax.Array]
-    batch: Batch
-
-
-def stop_if_bad(run: Run, state: TrainState, tried: TriedStep, say: Callable[[str], None]) -> None:
-    """Waits for a step, reports it if it was skipped, and ends a run of too many of them.
-
-    Raises:
-      RunError: `config.max_bad_steps` steps in a row were not finite. The state and the step's
-        images lie in workdir/bad_step; views follow from config.seed and the step.
-    """
-    bad_steps = int(tried.scalars["bad_steps"])
-    if not bad_steps:
-        return
-    scalars = {name: float(value) for name, value in tried.scalars.items()}
-    say(f"step {tried.step + 1} is not finite and was skipped (loss {scalars['loss']})")
-    if bad_steps < run.config.max_bad_steps:
-        return
-    directory = run.workdir / "bad_step"
-    directory.mkdir(exist_ok=True)
-    if jax.process_index() == 0:
-        with (directory / "batch.npz").open("wb") as file:
-            np.savez(file, allow_pickle=False, **tried.batch)
-        numbers = {"step": tried.step} | scalars
-        (directory / "scalars.json").write_text(json.dumps(numbers, indent=1))
-        checkpoint.write_config(directory, run.config, {})
-    with closing(checkpoint.Checkpoints(str(directory))) as checkpoints:
-        checkpoints.save(tried.step, state, force=True)
-    newest = run.checkpoints.latest_step()
-    keep = f"; config.init_from={run.workdir} keeps what was learned up to step {newest}"
-    raise RunError(
-        f"the run diverged: {bad_steps} losses in a row were not finite (config.max_bad_steps), "
-        f"the last one at step {tried.step + 1}; the images and the state are in {directory}. "
-        "Start a new workdir with a lower config.optimizer.learning_rate or "
-        "config.optimizer.clip_norm, or with config.dtype=float32" + (keep if newest else "")
-    )

@@ -105,20 +105,19 @@ class _FromAllProcesses:
 class _OnShards:
     """Params, moments and teacher lie spread over the devices; XLA gathers what it needs, when.
 
-    The step sees one device that has the whole batch, so that its own collectives do nothing.
+    The step is mapped over an axis of devices' shares, and its collectives are sums over that axis:
+    spread, it is the devices, and XLA puts in theirs.
     """
 
     def __init__(self, step: Callable[..., Result], mesh: Mesh, donated: tuple[int, ...]):
         self._mesh = mesh
         self._batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
-        def on_whole(state, batch):
-            batch = jax.tree.map(lambda x: rearrange(x, "d b ... -> 1 (d b) ..."), batch)
-            results = jax.vmap(step, in_axes=(None, 0), axis_name=AXIS)(state, batch)
-            results = jax.tree.map(lambda x: x[0], results)
-            return self._constrained(results, jax.tree.structure(state))
+        def on_shares(state, batch):
+            mapped = jax.vmap(step, (None, 0), None, axis_name=AXIS, spmd_axis_name=AXIS)
+            return self._constrained(mapped(state, batch), jax.tree.structure(state))
 
-        self._jitted = jax.jit(on_whole, donate_argnums=donated)
+        self._jitted = jax.jit(on_shares, donate_argnums=donated)
 
     def _constrained(self, results: Any, state: Any) -> Any:
         """What is built like the state is spread like it, all else is everywhere."""
@@ -162,6 +161,18 @@ def shard_sharding(shape: tuple[int, ...], mesh: Mesh | None = None) -> NamedSha
     return NamedSharding(
         mesh, PartitionSpec(*(AXIS if axis == longest else None for axis in range(len(shape))))
     )
+
+
+def held_shape(
+    shape: tuple[int, ...], mode: str, devices: Sequence[object] | None = None
+) -> tuple[int, ...]:
+    """What one device holds of an array of the state.
+
+    Args:
+      shape: of the whole array.
+      mode, devices: see `on_all_devices`.
+    """
+    return shard_sharding(shape, _mesh(devices)).shard_shape(shape) if mode == "fsdp" else shape
 
 
 def _mesh(devices: Sequence[object] | None = None) -> Mesh:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from etils import epath
 
-from esvit_jax import buckets, checkpoint
+from esvit_jax import buckets, checkpoint, config_file
 from esvit_jax.config import ConfigDict, RunNumbers, differences
 from esvit_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def check_same_run(workdir: os.PathLike[str], config: ConfigDict, numbers: RunNu
     """
     if not checkpoint.has_checkpoint(workdir):
         return
-    found = checkpoint.read_config(workdir)
+    found = config_file.read_config(workdir)
     if found is None:
         raise UserError(
             f"{workdir} has checkpoints but no config.json to tell which run they are of: put it "
@@ -126,7 +126,7 @@ def write_run_config(workdir: os.PathLike[str], config: ConfigDict, numbers: Run
     origin = dataclasses.asdict(numbers)
     del origin["images_per_device"]  # may differ: the number of devices is free
     try:
-        checkpoint.write_config(workdir, config, origin)
+        config_file.write_config(workdir, config, origin)
     except OSError as error:
         raise UserError(
             f"it cannot be written to: {error.strerror}", argument="workdir", value=str(workdir)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esvit_jax import checkpoint, recipe
+from esvit_jax import checkpoint, config_file, recipe
 from esvit_jax.config import ConfigDict, resolve
 from esvit_jax.state import TrainState, create_state, init_params
 
@@ -28,7 +28,7 @@ def random_state(config: ConfigDict, seed: int) -> TrainState:
 
 def save_states(workdir: Path, config: ConfigDict, steps: range) -> dict[int, TrainState]:
     """Writes a workdir with a checkpoint at each step, and returns what they hold."""
-    checkpoint.write_config(workdir, config, {})
+    config_file.write_config(workdir, config, {})
     states = {step: random_state(config, step) for step in steps}
     checkpoints = checkpoint.Checkpoints(str(workdir))
     for step, state in states.items():

@@ -361,3 +361,34 @@ def test_data_in_a_bucket(server, remote):
         for place in (remote, folder)
     ]  # fmt: skip
     assert seen[0] == seen[1] and seen[0].startswith("6000 [")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # of gcsfs
+def test_data_that_is_gone_while_training(own_server, tmp_path, monkeypatch):
+    """array_record's client would wait for ever; a word after half a minute, then one line."""
+    for name, url in own_server.environment.items():
+        monkeypatch.setenv(name, url)
+    code = (
+        "import sys; from pathlib import Path; from etils import epath\n"
+        "from esvit_jax import buckets; buckets.make_ready()\n"
+        "for path in filter(Path.is_file, Path(sys.argv[1]).iterdir()):\n"
+        "    (epath.Path('gs://bucket/data') / path.name).write_bytes(path.read_bytes())"
+    )
+    folder = str(sources.BUNDLED / "fashion_mnist_mini")
+    subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=100)
+    process = train(
+        own_server, tmp_path / "run", "--config.total_steps=100000",
+        "--config.data.name=gs://bucket/data", "--config.data.max_wait_seconds=35",
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step      4/"):
+            break
+    own_server.stop()
+    lines = finished(process, RUN_ERROR).splitlines()
+    assert lines[-1].startswith(
+        "esvit train: nothing came of gs://bucket/data train for 35 s (max_wait_seconds): "
+    )
+    assert "waiting for gs://bucket/data train: nothing for 30 of at most 35 s" in lines[-2]
+    assert checkpoint.load_model(tmp_path / "run").step >= 3

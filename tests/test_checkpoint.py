@@ -14,7 +14,8 @@ from test_loop import losses
 
 import esvit_jax
 from esvit_jax import checkpoint, loop
-from esvit_jax.checkpoint import LoadedModel, load_model, read_config, write_config
+from esvit_jax.checkpoint import LoadedModel, load_model
+from esvit_jax.config_file import read_config, write_config
 from esvit_jax.errors import UserError
 from esvit_jax.models import create_model
 from esvit_jax.runlog.writer import read_metrics
@@ -134,7 +135,7 @@ def test_an_old_workdir_goes_on(old_workdir):
     expected, expected_losses = fourth_step(old_workdir), losses(old_workdir)
     assert list(expected_losses) == [1, 2, 3, 4, 5, 6]
     console = Console(file=io.StringIO(), width=200)
-    config, _ = checkpoint.read_config(old_workdir)  # pyright: ignore[reportGeneralTypeIssues]
+    config, _ = read_config(old_workdir)  # pyright: ignore[reportGeneralTypeIssues]
     config.knn_every_steps = 0
     loop.train(config, old_workdir, console=console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

@@ -57,8 +57,8 @@ def test_default_config_is_that_of_0_1_0():
     """But for fields that are new, which an old config leaves at their defaults, and for one."""
     old = json.loads(OLD_CONFIG.read_text())["config"]
     new = {
-        "backbone.attention": None, "compilation_cache": True, "lock_seconds": 60.0,
-        "profile_steps": None,
+        "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
+        "lock_seconds": 60.0, "profile_steps": None,
     }  # fmt: skip
     faster = {"loss.prototype_chunk": 4096}
     assert flatten(default_config()) == old | new | faster
@@ -83,7 +83,7 @@ ONE_OF = {
 }
 AT_LEAST_1 = (
     "batch_size", "accum_steps", "max_bad_steps", "log_every_steps", "checkpoint_every_steps",
-    "checkpoint_keep", "lock_seconds",
+    "checkpoint_keep", "lock_seconds", "data.max_wait_seconds",
     "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
     "data.num_threads", "views.global_size", "views.local_size", "total_steps",
     "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
@@ -295,6 +295,7 @@ FREE = {
     "lock_seconds",
     "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
     "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
+    "data.max_wait_seconds",
     "evaluate.size", "evaluate.crop", "evaluate.batch_size", "evaluate.k",
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from esvit_jax.models.kernels.metadata import Call
 from esvit_jax.planning import measure
 from esvit_jax.planning.breakdown import Part, breakdown, costliest, part_of
 from esvit_jax.planning.chips import CHIPS
-from esvit_jax.planning.cycles import costs, scheduled_cycles
+from esvit_jax.planning.cycles import collective_bytes, costs, scheduled_cycles
 from esvit_jax.planning.estimate import expected
 from esvit_jax.planning.hlo import Module
 from esvit_jax.planning.kernel_rule import RULES
@@ -73,6 +73,32 @@ def test_cycles_count_as_often_as_they_are_spent():
         "attend.3": (1, round(ARRAY * clock / 819e9)),  # its result alone: the operand is there
         "sum": (1, round(2 * 3 / 4 * ARRAY * clock / 200e9)),
     }
+
+
+SHARDS = """HloModule fsdp, is_scheduled=true
+
+%beside (w: bf16[32,128]) -> bf16[256,128] {
+  %w = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (w: bf16[32,128], g: f32[256,128]) -> f32[32,128] {
+  %w = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %g = f32[256,128]{1,0:T(8,128)} parameter(1)
+  %first = bf16[256,128]{1,0:T(8,128)(2,1)} fusion(%w), kind=kCustom, calls=%beside, backend_config={"window_config":{"estimated_cycles":"40"}}
+  %second = bf16[256,128]{1,0:T(8,128)(2,1)} fusion(%w), kind=kCustom, calls=%beside, backend_config={"window_config":{"estimated_cycles":"50"}}
+  ROOT %mine = f32[32,128]{1,0:T(8,128)} reduce-scatter(%g), channel_id=8, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_count_once_by_what_crosses_the_links():
+    module = Module(SHARDS)
+    gathered, scattered = 7 / 8 * 256 * 128 * 2, 7 / 8 * 256 * 128 * 4
+    assert collective_bytes(module, 8) == gathered + scattered
+    spent = {x.instruction.name: x.cycles for x in costs(module, V5E, 8)}
+    assert spent == {"first": 40, "second": 50, "mine": round(scattered * V5E.clock / 200e9)}
+    assert collective_bytes(Module(PROGRAM), 4) == 2 * 3 / 4 * ARRAY
 
 
 def test_a_kernel_takes_what_its_schedule_says_if_its_bytes_take_less():

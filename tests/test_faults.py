@@ -20,7 +20,7 @@ from test_loop import losses, start
 from esvit_jax import checkpoint, checksums, loop
 from esvit_jax.checkpoint import Checkpoints, load_model
 from esvit_jax.errors import RUN_ERROR, USER_ERROR, DiskFull, UserError
-from esvit_jax.runlog.writer import MetricWriter
+from esvit_jax.runlog.writer import MetricWriter, read_metrics
 from esvit_jax.whole import committed_steps
 
 STEPS = "--config.total_steps=9"
@@ -75,7 +75,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing_older(small_disk, undisturbed
         f"esvit train: checkpoint 3 cannot be written to {small_disk}/run/checkpoints: No space "
         "left on device; the newest is that of step 1. Make room, and start it again"
     )
-    assert all(line.startswith("step ") for line in output[-7:-1]), output
+    steps = [line for line in output if line.startswith("step ")]
+    assert steps and output[-1 - len(steps) : -1] == steps, output  # nothing beside them
     assert load_model(small_disk / "run", strict=True).step == 1
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     status, output = finish(small_disk / "run", STEPS)
@@ -146,6 +147,47 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(undisturbed, tmp_path):
     assert any("(from step 6)" in line for line in output)
     assert (workdir / "checkpoints" / "9.damaged").is_dir()
     assert_same_run(workdir, undisturbed)
+
+
+# Signals
+
+
+def logged(workdir) -> list[int]:
+    """Steps of the lines of metrics that are there."""
+    path = workdir / "metrics.jsonl"
+    return [line["step"] for line in read_metrics(path)] if path.exists() else []
+
+
+def test_sigterm_breaks_an_evaluation_off(undisturbed, tmp_path):
+    """It is made up for; the final checkpoint's writing is in the account."""
+    overrides = [STEPS, "--config.knn_every_steps=4"]
+    process = start(tmp_path, *overrides)
+    assert wait_for(lambda: logged(tmp_path)[-1:] == [4], process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal after step 4;" in output, output
+    assert evaluated(tmp_path) == []
+    assert committed_steps(epath.Path(tmp_path) / "checkpoints")[-1] == 4
+    status, lines = finish(tmp_path, *overrides)
+    assert status == 0, lines
+    assert evaluated(tmp_path) == [4, 8, 9]
+    assert_same_run(tmp_path, undisturbed)
+
+
+def evaluated(workdir) -> list[int]:
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [line["step"] for line in lines if "knn/top1/10" in line]
+
+
+def test_sigterm_during_a_save(undisturbed, tmp_path):
+    process = start(tmp_path, STEPS)
+    assert wait_for(lambda: any((tmp_path / "checkpoints").glob("[1-9]*-tmp*")), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal after step" in output, output
+    status, lines = finish(tmp_path, STEPS)
+    assert status == 0, lines
+    assert_same_run(tmp_path, undisturbed)
 
 
 # SIGKILL

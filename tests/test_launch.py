@@ -208,6 +208,10 @@ def job_set(name):
     document = yaml.safe_load((LAUNCH / "gke" / name).read_text())
     assert document["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and document["kind"] == "JobSet"
     assert set(document["spec"]) <= {"failurePolicy", "network", "replicatedJobs"}
+    assert set(document["spec"]["failurePolicy"]) == {"maxRestarts"}
+    assert set(document["spec"].get("network", {})) <= {
+        "enableDNSHostnames", "publishNotReadyAddresses",
+    }  # fmt: skip
     [hosts] = document["spec"]["replicatedJobs"]
     assert set(hosts) == {"name", "replicas", "template"}
     return document, hosts["template"]["spec"], hosts["template"]["spec"]["template"]["spec"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esvit_jax import parallel
 from esvit_jax.config import resolve
 from esvit_jax.planning import flops, measure
 from esvit_jax.planning.chips import CHIPS
@@ -115,6 +116,37 @@ def test_plan_for_this_machine(tiny_config, monkeypatch, capsys):
     assert result.peak_bytes > result.argument_bytes and result.fits
     assert result.bytes_accessed > result.argument_bytes
     assert result.floor_seconds is result.floor_images_per_second is None
+
+
+def test_a_plan_counts_what_a_chip_holds_of_a_state_that_is_spread(tiny_config, monkeypatch):
+    compiled = measure.Program(peak_bytes=0, fits=True)
+    monkeypatch.setattr(measure, "compile_program", lambda lowered: compiled)
+    whole = measure.measure(tiny_config, "cpu", num_images=6000)
+    tiny_config.parallel = "fsdp"
+    spread = measure.measure(tiny_config, "cpu", num_images=6000)
+    assert (whole.parallel, spread.parallel) == ("pmap", "fsdp")
+
+    numbers = resolve(tiny_config, num_images=6000, num_devices=4)
+    recipe = build(tiny_config, numbers)
+    params = jax.jit(functools.partial(init_params, recipe.model))(jax.random.key(0))
+    held = sum(
+        x.addressable_shards[0].data.nbytes
+        for x in jax.tree.leaves(parallel.replicate(params, "fsdp"))
+    )
+    assert spread.parameter_bytes == spread.teacher_bytes == held
+    assert spread.optimizer_bytes == pytest.approx(2 * held, abs=64)  # and Adam's counters
+    assert whole.parameter_bytes / 4 <= held < whole.parameter_bytes / 3
+
+
+@pytest.mark.slow
+def test_a_spread_plan_for_a_tpu(tiny_config):
+    pytest.importorskip("libtpu")
+    tiny_config.parallel = "fsdp"
+    result = plan(tiny_config, "v5e:2x2", num_images=6000, batch_per_chip=2)
+    assert result.fits and result.parallel == "fsdp"
+    assert result.collective_bytes is not None and result.collective_bytes > 0
+    seconds = result.collective_bytes / CHIPS["v5e"].link_bandwidth
+    assert result.collective_seconds == pytest.approx(seconds)
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ def add_mean(total: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     return total + jax.lax.pmean(batch["x"].sum(axis=0), AXIS)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "fsdp"])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_both_modes_give_the_mean_over_devices(mode: str, count: int):
+def test_all_modes_give_the_mean_over_devices(mode: str, count: int):
     devices = jax.devices()[:count]
     x = np.arange(24, dtype=np.float32).reshape(count, -1, 3)
     run = parallel.on_all_devices(add_mean, mode, devices=devices)
@@ -25,7 +25,7 @@ def test_both_modes_give_the_mean_over_devices(mode: str, count: int):
     np.testing.assert_array_equal(total, 1 + x.sum(axis=1).mean(axis=0))
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "fsdp"])
 def test_devices_tell_themselves_apart(mode: str):
     """Indices rise in the order of the shares."""
 
@@ -41,9 +41,12 @@ def test_devices_tell_themselves_apart(mode: str):
 @pytest.mark.parametrize("mode", ["pmap", "shard_map", "fsdp"])
 def test_a_donated_state_is_gone(mode: str):
     state = parallel.replicate({"a": jnp.ones(4)}, mode)
-    run = parallel.on_all_devices(
-        lambda state, batch: jax.tree.map(lambda x: x + batch["x"].mean(), state), mode, donate=True
-    )
+
+    def step(state, batch):
+        mean = jax.lax.pmean(batch["x"].mean(), AXIS)
+        return jax.tree.map(lambda x: x + mean, state)
+
+    run = parallel.on_all_devices(step, mode, donate=True)
     new = run(state, {"x": np.ones((4, 2), np.float32)})
     np.testing.assert_array_equal(new["a"], 2 * np.ones(4))
     assert state["a"].is_deleted()
@@ -53,16 +56,18 @@ def test_a_state_is_spread():
     """A device holds a share of the longest axis that can be shared, and again after a step."""
     state = {"a": jnp.arange(24.0).reshape(3, 8), "b": jnp.ones(6), "c": jnp.ones(())}
     spread = parallel.replicate(state, "fsdp")
-    run = parallel.on_all_devices(
-        lambda state, batch: (jax.tree.map(lambda x: x + batch["x"].mean(), state), batch["x"][0]),
-        "fsdp",
-    )
-    new, first = run(spread, {"x": np.ones((4, 2), np.float32)})
+
+    def step(state, batch):
+        mean = jax.lax.pmean(batch["x"].mean(), AXIS)
+        return jax.tree.map(lambda x: x + mean, state), mean
+
+    run = parallel.on_all_devices(step, "fsdp")
+    new, mean = run(spread, {"x": np.ones((4, 2), np.float32)})
     for x in (spread, new):
         shapes = {name: array.addressable_shards[0].data.shape for name, array in x.items()}
         assert shapes == {"a": (3, 2), "b": (6,), "c": ()}
     np.testing.assert_array_equal(new["a"], state["a"] + 1)
-    assert first.sharding.is_fully_replicated
+    assert mean.sharding.is_fully_replicated
 
 
 def test_shares_of_a_batch_are_contiguous_and_only_arrays():

@@ -53,7 +53,7 @@ def test_json(calls, capsys):
 def test_table(calls, capsys):
     command.main([*CONFIG, "--topology=v5e:2x4"])
     printed = capsys.readouterr().out
-    for words in ("memory, MiB", "16.0", "NO", "dots, 1"):
+    for words in ("memory, MiB", "16.0", "NO", "pmap, dots, 1"):
         assert words in printed
 
 
@@ -76,6 +76,7 @@ def test_the_breakdown_has_a_row_of_sums():
         made_up_plan(8, peak=1, memory=2),
         estimated_cycles=4_000_000, estimated_seconds=0.01, estimated_images_per_second=3200.0,
         estimated_hours=1.0, estimated_mfu=0.077,
+        collective_bytes=5 * 10**8, collective_seconds=0.0025,
         breakdown=[Part("MLPs", 1_000_000, 10**9), Part("other", 3_000_000, 3 * 10**9)],
         costliest=[Costliest(3_000_000, 2, 10**6, "fusion.7", "fusion", "f32[8]{0}", "jit(f)/mul")],
     )  # fmt: skip
@@ -87,6 +88,8 @@ def test_the_breakdown_has_a_row_of_sums():
         "3.00 2 1.0 fusion.7 f32[8]{0} jit(f)/mul",
         "estimated share of the peak, % 7.7",
         "estimated images/s, all chips 3,200",
+        "over the links, GB a step 0.500",
+        "that the links take, ms 2.50",
     ):
         assert row in rows
     assert "MLPs" not in rendered(command.tables(plan, with_breakdown=False))

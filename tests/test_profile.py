@@ -34,6 +34,18 @@ def test_a_trace_is_written(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_trace_is_brought_to_a_bucket(server, remote):
+    import bucket
+
+    with StepProfiler(remote, (1, 1)) as profiler:
+        profiler.before(1)
+        profiler.after(1, jax.numpy.ones(8) * 2)
+    folder = "/".join(remote.parts[3:])
+    (trace,) = [x for x in bucket.listing(server, folder) if x.endswith(".xplane.pb")]
+    assert trace.startswith(f"{folder}/profile/plugins/profile/")
+    assert server.content(trace)
+
+
 def test_a_failure_ends_the_trace(tmp_path):
     with pytest.raises(KeyError), StepProfiler(tmp_path, (1, 5)) as profiler:
         profiler.before(1)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from esvit_jax import loop
 from esvit_jax.analyze.replay import replay
+from esvit_jax.bad_step import TriedStep, stop_if_bad
 from esvit_jax.commands.replay_bad_step import describe, main
 from esvit_jax.errors import RunError, UserError
 
@@ -27,7 +28,8 @@ def leave_bad_step(workdir, config, change=lambda params: params):
     batch = next(run.batches(5))
     scalars = {"loss": jnp.asarray(jnp.nan), "bad_steps": jnp.asarray(2)}
     with pytest.raises(RunError, match="bad_step"):
-        loop.stop_if_bad(run, state, loop.TriedStep(5, scalars, batch), lambda line: None)
+        tried = TriedStep(5, scalars, batch)
+        stop_if_bad(config, run.workdir, run.checkpoints, state, tried, lambda line: None)
 
 
 def changed(name, function):

@@ -10,10 +10,11 @@ from esvit_jax.planning.search import largest_batch, search
 
 def made_up_plan(batch, *, peak, memory, remat="none", accum_steps=1):
     return Plan(
-        topology="v5e:1x1", chips=1, per_chip_batch=batch, remat=remat, accum_steps=accum_steps,
-        quick=False, parameter_bytes=0, optimizer_bytes=0, teacher_bytes=0, argument_bytes=0,
-        temp_bytes=0, peak_bytes=peak, hbm_bytes=memory, fits=peak <= memory, flops=0,
-        bytes_accessed=0, floor_seconds=None, floor_images_per_second=None, floor_hours=None,
+        topology="v5e:1x1", chips=1, per_chip_batch=batch, parallel="pmap", remat=remat,
+        accum_steps=accum_steps, quick=False, parameter_bytes=0, optimizer_bytes=0, teacher_bytes=0,
+        argument_bytes=0, temp_bytes=0, peak_bytes=peak, hbm_bytes=memory, fits=peak <= memory,
+        flops=0, bytes_accessed=0, collective_bytes=None, collective_seconds=None,
+        floor_seconds=None, floor_images_per_second=None, floor_hours=None,
         estimated_cycles=None, estimated_seconds=None, estimated_images_per_second=None,
         estimated_hours=None, estimated_mfu=None, breakdown=None, costliest=None,
         compile_seconds=0.0, versions={},

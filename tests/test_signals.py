@@ -52,6 +52,24 @@ def test_a_signal_ends_the_wait_for_a_compiler(number):
     assert ended.wait(10)  # it ran on
 
 
+def test_a_signal_breaks_off_what_may_be_broken_off():
+    with StopSignals() as signals:
+        with signals.breaking_off(True):
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it went on")
+        assert signals.received
+        with pytest.raises(KeyboardInterrupt):  # a second one
+            signal.raise_signal(signal.SIGINT)
+    with StopSignals() as signals:
+        went_on = False
+        with signals.breaking_off(False):
+            signal.raise_signal(signal.SIGTERM)
+            went_on = True
+        assert signals.received and went_on
+        with pytest.raises(KeyboardInterrupt), signals.breaking_off(False):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_in_thread_returns_and_raises():
     assert in_thread(lambda: threading.current_thread()) is not threading.current_thread()
     with pytest.raises(ZeroDivisionError):

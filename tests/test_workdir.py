@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_jax import checkpoint
+from esvit_jax import config_file
 from esvit_jax.config import RunNumbers, resolve
 from esvit_jax.errors import UserError
 from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
@@ -134,9 +134,9 @@ def test_another_model(run, tiny_config):
 
 
 def test_a_config_that_is_gone_or_lacks_facts(run, tiny_config):
-    checkpoint.write_config(run, tiny_config, {"num_images": 6000})
+    config_file.write_config(run, tiny_config, {"num_images": 6000})
     assert "lacks total_steps, steps_per_epoch among its facts" in difference(run, tiny_config)
-    checkpoint.write_config(run, tiny_config, {"source": "x.pth", "key": "teacher"})
+    config_file.write_config(run, tiny_config, {"source": "x.pth", "key": "teacher"})
     assert "is a converted checkpoint" in difference(run, tiny_config)
     (run / "config.json").unlink()
     assert "has checkpoints but no config.json" in difference(run, tiny_config)

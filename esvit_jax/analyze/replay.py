@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from esvit_jax import checkpoint, parallel
+from esvit_jax import checkpoint, config_file, parallel
 from esvit_jax.config import ConfigDict, resolve
 from esvit_jax.errors import UserError
 from esvit_jax.models import EsViT
@@ -102,7 +102,7 @@ def _new_state(recipe: Recipe) -> TrainState:
 def _read(workdir: epath.Path) -> tuple[ConfigDict, int, dict[str, np.ndarray], dict[str, Any]]:
     """The config and number of images of the run, and the batch and scalars of its bad step."""
     folder = workdir / "bad_step"
-    found = checkpoint.read_config(workdir)
+    found = config_file.read_config(workdir)
     if found is None or not folder.is_dir():
         raise UserError(
             f"there is no {'config.json' if folder.is_dir() else 'bad_step'} in it: a run leaves a "

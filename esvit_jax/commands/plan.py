@@ -167,7 +167,7 @@ def cost_table(result: Plan) -> Table:
     mib = 2**20
     rows: dict[str, object] = {
         "images": result.per_chip_batch,
-        "remat, accum_steps": f"{result.remat}, {result.accum_steps}",
+        "parallel, remat, accum_steps": f"{result.parallel}, {result.remat}, {result.accum_steps}",
         "student's parameters, MiB": number(result.parameter_bytes, mib, 1),
         "optimiser, MiB": number(result.optimizer_bytes, mib, 1),
         "teacher's parameters, MiB": number(result.teacher_bytes, mib, 1),
@@ -181,6 +181,8 @@ def cost_table(result: Plan) -> Table:
     if not result.quick:
         rows |= {
             "read and written, GB a step": number(result.bytes_accessed, 1e9, 3),
+            "over the links, GB a step": number(result.collective_bytes, 1e9, 3),
+            "that the links take, ms": number(result.collective_seconds, 1e-3, 2),
             "floor of a step, ms": number(result.floor_seconds, 1e-3, 2),
             "images/s at the floor, all chips": number(result.floor_images_per_second, 1, 0),
             "hours of the whole run at the floor": number(result.floor_hours, 1, 1),

@@ -184,6 +184,9 @@ FIELDS: dict[str, Field] = {
         16, "threads that read and decode, in each", whole(1, 1000), free=True),
     "data.max_bad_records": Field(
         100, "undecodable records after which the run stops", whole(0, MAX_STEPS), free=True),
+    "data.max_wait_seconds": Field(
+        300.0, "without a batch, after which the run stops: the data does not answer",
+        number(1, 86_400), free=True),
 
     "evaluate.size": Field(
         None, "pixels; None means views.global_size", optional(PIXELS), free=True),

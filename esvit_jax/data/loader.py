@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,6 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from esvit_jax.data.decode import DecodeError, decode
+from esvit_jax.data.patience import MAX_WAIT, patiently
 from esvit_jax.data.sources import IndexedSource, Record, Source, TFRecordSource
 from esvit_jax.errors import RunError, UserError
 
@@ -157,6 +159,7 @@ def train_batches(
     num_workers: int,
     num_threads: int,
     max_bad_records: int,
+    max_wait_seconds: float = MAX_WAIT,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[dict[str, np.ndarray], None, None]:
@@ -177,13 +180,15 @@ def train_batches(
       num_threads: threads that decode, in each of those processes, ≥ 1.
       max_bad_records: distinct records that this process may find undecodable. They are named in
         the log and replaced by the next one that decodes.
+      max_wait_seconds: for a batch; the log names a wait of more than half a minute.
       process_index, process_count: of this process, and of all that share a batch.
 
     Raises:
       UserError: at once, on an argument out of its range or a `batch_size` that the processes
         cannot share evenly; from the iterator, of `max_bad_records`, on more bad records than
         that, or if there are no others.
-      RunError: from the iterator, where a worker process was killed.
+      RunError: from the iterator, where a worker process was killed; as `Stalled`, where no batch
+        came for `max_wait_seconds`: a worker is frozen, or a disk or bucket does not answer.
     """
     _check_arguments(
         batch_size=(batch_size, 1),
@@ -196,11 +201,13 @@ def train_batches(
     )
     _check_processes(batch_size, process_index, process_count)
     bad_records, share = _BadRecords(source, max_bad_records), batch_size // process_count
+    in_time = _in_time(source, max_wait_seconds)
     if isinstance(source, TFRecordSource):
         process = {"process_index": process_index, "process_count": process_count}
         records = source.shuffled(seed, start_step=start_step, **process)
         decode_record = functools.partial(_decode_record, canvas_size=canvas_size)
-        return _stream_batches(_map_ahead(decode_record, records, num_threads), share, bad_records)
+        examples = _map_ahead(decode_record, records, num_threads)
+        return in_time(_stream_batches(examples, share, bad_records))
 
     decoded = _Decoded(source, canvas_size, max_bad_records)
     batches = _Batches(
@@ -217,7 +224,12 @@ def train_batches(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     )
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return _checked_batches(dataset, bad_records, copy=num_workers > 0)
+    return _checked_batches(dataset, bad_records, in_time, copy=num_workers > 0)
+
+
+def _in_time(source: Source, max_wait_seconds: float) -> Callable[[Iterator[Any]], Any]:
+    what = f"{source.name} {source.split}"
+    return functools.partial(patiently, what=what, max_wait_seconds=max_wait_seconds)
 
 
 def _check_arguments(**arguments: tuple[int, int]) -> None:
@@ -242,7 +254,11 @@ def _check_processes(batch_size: int, process_index: int, process_count: int) ->
 
 
 def _checked_batches(
-    dataset: grain.IterDataset, bad_records: _BadRecords, *, copy: bool
+    dataset: grain.IterDataset,
+    bad_records: _BadRecords,
+    in_time: Callable[[Iterator[Any]], Iterator[Any]],
+    *,
+    copy: bool,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Batches without their bad records; `copy` takes them out of the workers' shared memory.
 
@@ -250,11 +266,12 @@ def _checked_batches(
     """
     iterator = iter(dataset)
     try:
-        for batch, bad in iterator:
+        for batch, bad in in_time(iterator):
             if bad:
                 bad_records.add(bad)
             yield {key: np.array(value) for key, value in batch.items()} if copy else batch
     except RuntimeError as error:
+        _kill_workers()
         if ended := re.match("Worker process .* with (exit code -?[0-9]+)", str(error)):
             raise RunError(
                 f"a worker process that prepares batches ended ({ended[1]}; -9 is often too little "
@@ -264,6 +281,13 @@ def _checked_batches(
         raise
     finally:
         iterator.close()
+
+
+def _kill_workers() -> None:
+    """grain would wait half a minute for each that does not answer."""
+    for process in multiprocessing.active_children():
+        if process.name.startswith("grain-"):
+            process.kill()
 
 
 def _stream_batches(
@@ -287,6 +311,7 @@ def eval_batches(
     canvas_size: int,
     num_threads: int,
     first_batch: int = 0,
+    max_wait_seconds: float = MAX_WAIT,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[dict[str, Any], None, None]:
@@ -303,12 +328,14 @@ def eval_batches(
       canvas_size: pixels along the side of a canvas.
       num_threads: threads that decode, ≥ 1.
       first_batch: global batches that are left out at the beginning.
+      max_wait_seconds: for a batch; the log names a wait of more than half a minute.
       process_index: index of this process.
       process_count: number of processes that share a batch.
 
     Raises:
       UserError: an argument out of its range, or a `batch_size` that the processes cannot share
         evenly.
+      Stalled: from the iterator, where no batch came for `max_wait_seconds`.
     """
     _check_arguments(
         batch_size=(batch_size, 1),
@@ -334,7 +361,8 @@ def eval_batches(
     def example(read: Callable[[], Record]) -> _Example:
         return _decode_record(read(), canvas_size)
 
-    return _eval_batches(source, _map_ahead(example, mine, num_threads), share)
+    batches = _eval_batches(source, _map_ahead(example, mine, num_threads), share)
+    return _in_time(source, max_wait_seconds)(batches)
 
 
 def _itself(record: Record) -> Record:

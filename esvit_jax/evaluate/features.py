@@ -107,6 +107,7 @@ class FeatureExtractor:
             canvas_size=config.data.canvas_size,
             num_threads=config.data.num_threads,
             first_batch=first_batch,
+            max_wait_seconds=config.data.max_wait_seconds,
             process_index=self._share[0],
             process_count=self._share[1],
         )

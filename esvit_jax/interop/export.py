@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from esvit_jax import checkpoint
+from esvit_jax import config_file
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.interop.folders import new_folder
 from esvit_jax.interop.formats import FORMATS
@@ -81,7 +81,7 @@ def write_config(source: Exportable, format: str, folder: Path) -> None:
     config = loaded.config.copy_and_resolve_references()
     config.evaluate.size = source.image_size
     origin = loaded.origin | {"format": format, "key": source.key, "step": loaded.step}
-    checkpoint.write_config(folder, config, origin, FORMATS[format].config_file)
+    config_file.write_config(folder, config, origin, FORMATS[format].config_file)
 
 
 def check_features(format: Format, source: Exportable, folder: Path) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """The folder that a conversion or an export makes: tried first, there whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ def new_folder(directory: str | os.PathLike) -> Iterator[Path]:
                 raise refusal("it exists already; remove it or take another name")
             for parent in reversed([p for p in folder.parents if not p.exists()]):
                 stack.callback(_remove_if_empty, parent)
-            temporary = stack.enter_context(checkpoint.whole_folder(folder))
+            temporary = stack.enter_context(_whole(folder))
         except OSError as error:
             raise refusal(f"it cannot be made: {error.strerror}") from error
         except ValueError as error:
@@ -46,6 +46,18 @@ def new_folder(directory: str | os.PathLike) -> Iterator[Path]:
                 raise
             raise refusal(f"it cannot be made: {error}") from error  # such as "embedded null byte"
         yield temporary
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that gets its name at the end, if nothing fails."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove_if_empty(folder: Path) -> None:

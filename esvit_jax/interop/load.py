@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from esvit_jax import checkpoint
+from esvit_jax import checkpoint, config_file
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
 from esvit_jax.errors import UserError, renamed
@@ -93,7 +93,7 @@ def _read_export(path: Path) -> tuple[ConfigDict, Any]:
     folder = path if path.is_dir() else path.parent
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.pth"))
     file = path if path.is_file() else next(iter(files), None)
-    content = checkpoint.read_config(folder, _config_file(folder))
+    content = config_file.read_config(folder, _config_file(folder))
     if content is None or file is None:
         raise UserError(
             "it is no workdir and no converted or exported checkpoint: it has no "

@@ -3,7 +3,8 @@
 Each fusion of an optimised HLO module for a TPU carries `"estimated_cycles"`. Here they count as
 often as their loops turn. What has no such number is reckoned: our kernels by what the compiler
 schedules for them (`kernel_rule`) or by the bytes they move, whichever takes longer, collectives
-by the bytes that cross the links. Copies that run beside the rest (prefetches) cost no cycles.
+by the bytes that cross the links. What runs beside the rest (prefetches, and collectives that the
+compiler has put into fusions) costs no cycles.
 """
 
 import re
@@ -18,8 +19,11 @@ from esvit_jax.planning.traffic import Traffic
 
 ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'
-# How often a byte of the result of a collective crosses a chip's links, on many chips.
-CROSSINGS = {"all-reduce": 2, "all-gather": 1, "all-to-all": 1, "collective-permute": 1}
+CHANNEL = re.compile(r"channel_id=(\d+)")
+# How often a byte of what a collective is about crosses a chip's links, on many chips.
+CROSSINGS = {
+    "all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1,
+}  # fmt: skip
 
 # {name of a kernel: cycles of one call of it on a v5e}.
 KernelCycles = Mapping[str, Callable[[Instruction], int]]
@@ -71,11 +75,34 @@ def costs(
             by_bytes = round(moved * chip.devices * chip.clock / chip.bandwidth)
             cycles = max(round(chip.kernel_bundles * on_v5e), by_bytes)
         elif opcode in CROSSINGS:
-            crossing = CROSSINGS[opcode] * (chips - 1) / chips * _result_bytes(instruction)
-            cycles = round(crossing * chip.clock / chip.link_bandwidth)
+            cycles = round(_crossing(instruction, chips) * chip.clock / chip.link_bandwidth)
         else:
             cycles = 0
         yield Cost(instruction, times, cycles, moved)
+
+
+def collective_bytes(module: Module, chips: int) -> int:
+    """Bytes that cross a chip's links in one run: of all collectives, within fusions too.
+
+    One that runs beside several fusions stands in each of them, under one channel, and counts once.
+
+    Args:
+      module: compiled for one of the devices.
+      chips: that take part.
+    """
+    total, seen = 0, set()
+    for executed in Traffic(module).executed():
+        inner = [executed.instruction]
+        if executed.instruction.opcode == "fusion":
+            called = module.computations[executed.instruction.called("calls")]
+            inner = list(called.instructions.values())
+        for x in inner:
+            channel = CHANNEL.search(x.attributes)
+            name = channel[1] if channel else x.name
+            if x.opcode.removesuffix("-start") in CROSSINGS and name not in seen:
+                seen.add(name)
+                total += round(executed.times * _crossing(x, chips))
+    return total
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -83,9 +110,16 @@ def kernel_name(instruction: Instruction) -> str:
     return re.sub(r"(\.\d+)+$", "", instruction.name)
 
 
+def _crossing(instruction: Instruction, chips: int) -> float:
+    """Bytes of a collective that cross a chip's links; a scatter returns a chip's part of them."""
+    opcode = instruction.opcode.removesuffix("-start")
+    whole = _result_bytes(instruction) * (chips if opcode == "reduce-scatter" else 1)
+    return CROSSINGS[opcode] * (chips - 1) / chips * whole
+
+
 def _result_bytes(instruction: Instruction) -> int:
     """Of a collective, wherever it lies; a start returns its operand as well."""
     shape = ON_CHIP.sub("", instruction.shape)
-    if instruction.opcode == "all-gather-start":
+    if instruction.opcode in ("all-gather-start", "reduce-scatter-start"):
         return shape_bytes(tuple_parts(shape)[1])
     return shape_bytes(shape)

@@ -99,16 +99,27 @@ def measure(
     account = Account()
     if program.text and not (quick and machine.chip):
         account = take_account(program.text, machine, operations, top, **run)
+
+    def held(tree: Any) -> int:  # of a chip
+        parts = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                parallel.held_shape(x.shape, config.parallel, devices), x.dtype
+            ),
+            tree,
+        )
+        return cores * tree_bytes(parts)
+
     result = Plan(
         topology=topology,
         chips=chips,
         per_chip_batch=config.batch_size // chips,
+        parallel=config.parallel,
         remat=config.remat,
         accum_steps=config.accum_steps,
         quick=quick,
-        parameter_bytes=cores * tree_bytes(state.params),
-        optimizer_bytes=cores * tree_bytes(state.opt_state[:-1]),
-        teacher_bytes=cores * tree_bytes(state.teacher),
+        parameter_bytes=held(state.params),
+        optimizer_bytes=held(state.opt_state[:-1]),
+        teacher_bytes=held(state.teacher),
         argument_bytes=_times(cores, program.argument_bytes),
         temp_bytes=_times(cores, program.temp_bytes),
         peak_bytes=peak,
@@ -128,6 +139,8 @@ class Account(NamedTuple):
     """What the text of a program says beyond its memory; None is what it does not."""
 
     bytes_accessed: int | None = None
+    collective_bytes: int | None = None
+    collective_seconds: float | None = None
     floor: Floor = Floor()
     expected: Expected = Expected()
     breakdown: list[Part] | None = None
@@ -157,9 +170,12 @@ def take_account(
         return Account(bytes_accessed=Traffic(module).total())
     costs = list(cycles.costs(module, chip, machine.chips))
     moved = chip.devices * sum(x.times * x.bytes for x in costs)
+    sent = cycles.collective_bytes(module, machine.chips)
     rows = [row._replace(bytes=chip.devices * row.bytes) for row in breakdown(costs, module)]
     return Account(
         bytes_accessed=moved,
+        collective_bytes=sent,
+        collective_seconds=sent / chip.link_bandwidth,
         floor=floor(chip, moved, operations, **run),
         expected=expected(chip, sum(x.times * x.cycles for x in costs), operations, **run),
         breakdown=rows,

@@ -36,9 +36,9 @@ class Plan:
       topology: its name.
       chips: of the topology.
       per_chip_batch: images.
-      remat, accum_steps: of the config.
+      parallel, remat, accum_steps: of the config.
       quick: whether the compiler was told to try less hard.
-      parameter_bytes: of the student.
+      parameter_bytes: of the student; with "fsdp", here and in the next two, a chip's part.
       optimizer_bytes: of the optimiser's state without the teacher.
       teacher_bytes: of the teacher's parameters.
       argument_bytes: of state and batch with the padding of their layout.
@@ -48,6 +48,8 @@ class Plan:
       fits: whether the peak is within it.
       flops: of matrix products, a multiply-add being two.
       bytes_accessed: read from and written to that memory.
+      collective_bytes: over the chip's links.
+      collective_seconds: that the links take for them, whether the rest waits for it or not.
       floor_seconds: what bandwidth and arithmetic allow at best.
       floor_images_per_second: of all chips, at that pace.
       floor_hours: of the whole run, at that pace.
@@ -63,6 +65,7 @@ class Plan:
     topology: str
     chips: int
     per_chip_batch: int
+    parallel: str
     remat: str
     accum_steps: int
     quick: bool
@@ -76,6 +79,8 @@ class Plan:
     fits: bool
     flops: int
     bytes_accessed: int | None
+    collective_bytes: int | None
+    collective_seconds: float | None
     floor_seconds: float | None
     floor_images_per_second: float | None
     floor_hours: float | None

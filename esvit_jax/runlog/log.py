@@ -11,7 +11,7 @@ from rich.console import Console
 
 from esvit_jax import buckets
 from esvit_jax.config import ConfigDict, RunNumbers
-from esvit_jax.evaluate.result import Result
+from esvit_jax.evaluate.result import Result, results_of_lines
 from esvit_jax.optim import Schedule
 from esvit_jax.runlog.clock import StepClock, TimeAccount, carried_over, spent
 from esvit_jax.runlog.collapse import collapse_warning
@@ -67,6 +67,7 @@ class RunLog:
         self.results: list[Result] = []
         self.clock = StepClock()
         self._earlier = carried_over(earlier, resume_step)
+        self._evaluated = {result.step for result in results_of_lines(earlier)}
         self.account = TimeAccount(self._earlier)
 
     def say(self, message: str) -> None:
@@ -84,6 +85,10 @@ class RunLog:
         outer = self.account.spent_on(spent_on) if spent_on else nullcontext()
         with outer, self._progress.busy(what):
             yield
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an earlier start has recorded evaluations of this step."""
+        return step in self._evaluated
 
     def record(self, result: Result, step: int) -> None:
         """Writes and prints what an evaluation measured; its time is not training's."""

@@ -45,6 +45,20 @@ class StopSignals:
         finally:
             self._raising = False
 
+    @contextmanager
+    def breaking_off(self, enabled: bool) -> Iterator[None]:
+        """If `enabled`, a signal is remembered and ends this block at once, without an error."""
+        self._raising = enabled
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not enabled:
+                raise
+            self._raising = False
+            self._handle(signal.SIGINT, None)
+        finally:
+            self._raising = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raising:
             raise KeyboardInterrupt
