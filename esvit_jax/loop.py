@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
