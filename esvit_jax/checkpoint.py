@@ -111,6 +111,8 @@ class Checkpoints:
     def restore(self, state: State) -> State:
         """The newest state, with the structure and shapes of `state`.
 
+        Shapes that have a sharding are read with it, all else to every device.
+
         Raises:
           UserError: it is damaged or of another shape.
         """
@@ -178,8 +180,13 @@ def _unreadable(directory: os.PathLike, step: int | None) -> Iterator[None]:
 
 def _abstract(tree: PyTree) -> PyTree:
     """Shapes, with the sharding that the arrays are to be restored with."""
-    sharding = parallel.replicated_sharding()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    everywhere = parallel.replicated_sharding()
+
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or everywhere)
+
+    return jax.tree.map(abstract, tree)
 
 
 @buckets.reads_bucket

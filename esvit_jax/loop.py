@@ -8,7 +8,9 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 from rich.console import Console
 
 from esvit_jax import bad_step, buckets, checkpoint, parallel, preflight, processes, programs
@@ -268,18 +270,26 @@ def before_saving(run: Run, log: RunLog) -> None:
 def first_state(run: Run, log: RunLog) -> TrainState:
     """The newest checkpoint's state or, of a new run, a random or loaded one; on all devices."""
     config, recipe = run.config, run.recipe
-    init = jax.jit(functools.partial(init_params, recipe.model))
-    create = jax.jit(functools.partial(create_state, recipe.model, recipe.optimizer))
-    key = jax.random.key(config.seed)
-    params = compiled(init, key, what="the initialisation", log=log)(key)
-    new = run.checkpoints.latest_step() is None
-    if config.init_from and new:
-        params, loaded = init_from(params, config.init_from, config.init_parts)
-        log.say(loaded)
-    state = create(params)
-    if not new:
+    create = functools.partial(create_state, recipe.model, recipe.optimizer)
+
+    def init(key: jax.Array) -> PyTree:
+        return init_params(recipe.model, jax.random.wrap_key_data(key))
+
+    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))  # alike in all processes
+    shapes = jax.eval_shape(lambda key: create(init(key)), key)
+    shapes = parallel.laid_out(shapes, config.parallel)
+    if run.checkpoints.latest_step() is not None:
         with log.busy("reading the checkpoint", "checkpoint"):
-            state = run.checkpoints.restore(state)
+            return parallel.replicate(run.checkpoints.restore(shapes), config.parallel)
+
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    jitted = jax.jit(init, out_shardings=shardings.params)
+    params = compiled(jitted, key, what="the initialisation", log=log)(key)
+    if config.init_from:
+        loaded, report = init_from(params, config.init_from, config.init_parts)
+        log.say(report)
+        params = jax.tree.map(parallel.place, loaded, shardings.params)
+    state = jax.jit(create, out_shardings=shardings)(params)
     return parallel.replicate(state, config.parallel)
 
 

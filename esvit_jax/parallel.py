@@ -221,6 +221,27 @@ def replicated_sharding() -> NamedSharding:
     return NamedSharding(_mesh(), PartitionSpec())
 
 
+def laid_out(shapes: PyTree, mode: str) -> PyTree:
+    """Shapes with the sharding that arrays are to be made or read with, before `replicate`.
+
+    In "fsdp" no device ever holds the whole of what can be spread.
+    """
+
+    def sharding(shape: tuple[int, ...]) -> NamedSharding:
+        return shard_sharding(shape) if mode == "fsdp" else replicated_sharding()
+
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x.shape)), shapes
+    )
+
+
+def place(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has, put on all devices; what is on devices is left there."""
+    if isinstance(x, jax.Array):
+        return x
+    return jax.make_array_from_callback(x.shape, sharding, lambda share: x[share])
+
+
 def replicate(state: PyTree, mode: str) -> PyTree:
     """The state as a step returns it, so that its first call is compiled like all others."""
     if mode == "fsdp":
@@ -235,10 +256,12 @@ def replicate(state: PyTree, mode: str) -> PyTree:
 
 
 def _spread(x: Array) -> Array:
+    sharding = shard_sharding(x.shape)
+    if x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
     if jax.process_count() == 1:
-        return jax.device_put(x, shard_sharding(x.shape))
-    whole = np.asarray(x.addressable_data(0))
-    return jax.make_array_from_callback(x.shape, shard_sharding(x.shape), lambda i: whole[i])
+        return jax.device_put(x, sharding)
+    return place(np.asarray(x.addressable_data(0)), sharding)
 
 
 def to_global(state: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,6 +308,37 @@ def test_layouts_give_the_same_run(one_device, tiny_config, tmp_path, devices, m
         restored = checkpoints.restore(expected_state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert restored.params["backbone"]["norm"]["scale"].sharding.is_fully_replicated
+
+
+def test_no_device_ever_holds_a_whole_spread_state(tiny_config, tmp_path, monkeypatch):
+    """Neither where it is made nor where it is read."""
+    earlier, looks = jax.live_arrays(), []
+
+    def looking(function):
+        def look(*arguments):
+            result = function(*arguments)
+            known = {id(x) for x in earlier}
+            looks.append([
+                x.shape
+                for x in jax.live_arrays()
+                if id(x) not in known
+                and not parallel.shard_sharding(x.shape).is_fully_replicated
+                and x.sharding.shard_shape(x.shape) == x.shape  # `.data` would make arrays
+            ])  # fmt: skip
+            return result
+
+        return look
+
+    monkeypatch.setattr(parallel, "replicate", looking(parallel.replicate))
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", looking(checkpoint.Checkpoints.restore))
+    tiny_config.parallel = "fsdp"
+    tiny_config.total_steps, tiny_config.checkpoint_every_steps = 2, 1
+    tiny_config.knn_every_steps = 0
+    expected = loop.train(tiny_config, tmp_path, console=QUIET)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    found = loop.train(tiny_config, tmp_path, console=QUIET)
+    assert looks == [[], [], []]  # made; read, and handed on
+    assert found.scalars["loss"] == expected.scalars["loss"]
 
 
 def test_no_local_views_and_no_regions(tiny_config):

@@ -365,6 +365,46 @@ def test_two_processes_take_the_steps_of_one(one_process, tmp_path, mode):
 
 
 @pytest.mark.slow
+def test_two_processes_spread_the_state(one_process, tmp_path):
+    """And stop; what they leave goes on likewise, and in one process with whole replicas."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    flags = (f"--workdir={mine}", "--config.parallel=fsdp", *OVERRIDES)
+    processes = start_all(2, "train", *flags)
+    wait_for_step(mine, 3, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert 3 <= len(losses(mine)) < STEPS
+    shutil.copytree(mine, other)
+    loop.train(run_config("pmap"), other, console=Console(quiet=True))
+    assert_same_run(other, one_process)
+    processes = start_all(2, "train", *flags)
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert_same_run(mine, one_process)
+
+
+@pytest.mark.slow
+def test_embed_goes_on_after_a_process_has_died(network, tmp_path):
+    """With another number of processes; what both had written is not computed again."""
+    alone, out, split = tmp_path / "alone.npz", tmp_path / "f.npz", "train[:3000]"
+    embed_alone(network, alone, split)
+    flags = (*embed_flags(network, out, split), "--regions", "--heartbeat_seconds=10")
+    processes = start_all(2, "embed", *flags)
+    parts = out.with_name("f.npz.parts")
+    while not (parts / "00000075.npz").exists() and processes[1].poll() is None:
+        time.sleep(0.01)
+    processes[1].kill()
+    output, _ = finish(processes)
+    assert processes[0].returncode in (RUN_ERROR, -signal.SIGABRT), output
+    assert not out.exists() and (parts / "00000000.npz").exists()
+    assert "of 150 batches are there already" in embed_alone(network, out, split)
+    expected, found = np.load(alone), np.load(out)
+    for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.slow
 def test_eight_processes_of_one_device(one_process, tmp_path):
     """At least five steps of a schedule of 40; then each of them gets SIGTERM."""
     flags = (f"--workdir={tmp_path}", *OVERRIDES, "--config.evaluate.batch_size=96")

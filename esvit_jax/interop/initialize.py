@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -26,7 +25,8 @@ def init_from(
       init_parts: "all", or "backbone" to leave the heads as they are.
 
     Returns:
-      The new params, and what was loaded and what was not, in a few words.
+      The new params, those that were loaded on the host; and what was loaded and what was not, in a
+      few words.
 
     Raises:
       UserError: `init_from` holds no model, lacks a tensor of `init_parts`, or has it in another
@@ -60,8 +60,7 @@ def init_from(
             + "\n  ".join(lines),
             argument="init_from", value=init_from,
         )  # fmt: skip
-    # Through the host: the loaded arrays lie on all devices, the others on one.
-    new = {name: jnp.asarray(np.asarray(theirs[name])) for name in ours}
+    new = {name: np.asarray(theirs[name]) for name in ours}
     report = f"loaded {', '.join(wanted)} ({len(new)} tensors) from {init_from}, step {loaded.step}"
     if random := [part for part in params if part not in wanted]:
         report += f"; random: {', '.join(random)}"
