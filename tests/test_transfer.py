@@ -122,7 +122,9 @@ def test_average_precision_of_several_classes(two, workdir):
     about = TransferSet("two", directory, "train", "test", "map11", 3)
     loaded = load_model(workdir)
     protocol = transfer_module.Protocol(l2=(1e-2,))
-    scores = transfer_module.transfer(loaded, open_set("two", about, None), protocol, keep_in=str(workdir))
+    scores = transfer_module.transfer(
+        loaded, open_set("two", about, None), protocol, keep_in=str(workdir)
+    )
     train, test = (
         transfer_module.FeatureExtractor(
             transfer_module.view_features(loaded.model.backbone, loaded.config), loaded.config
@@ -138,7 +140,9 @@ def test_average_precision_of_several_classes(two, workdir):
     assert scores.images == (30, 30) and expected > 60
     with pytest.raises(UserError, match="images have several classes; shots are"):
         protocol = transfer_module.Protocol(shots=1)
-        transfer_module.transfer(loaded, open_set("two", about, None), protocol, keep_in=str(workdir))
+        transfer_module.transfer(
+            loaded, open_set("two", about, None), protocol, keep_in=str(workdir)
+        )
 
 
 # The command.
