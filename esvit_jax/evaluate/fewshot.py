@@ -136,5 +136,6 @@ def few_shot_table(found: Sequence[FewShot]) -> Table:
     for one in found:
         cells = ["{:.2f} ± {:.2f}".format(*spread(one.values[name])) for name in names]
         l2 = ", ".join(f"{x:g}" for x in one.l2)
-        table.add_row(str(one.labels).replace("_", " "), str(one.images), *cells, l2)
+        label = str(one.labels).replace("_", " ") if one.labels.shots != 1 else "1 shot"
+        table.add_row(label, str(one.images), *cells, l2)
     return table
