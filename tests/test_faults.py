@@ -217,9 +217,11 @@ def test_killed_twenty_times_a_run_is_bit_equal(tmp_path):
         process = start(workdir, *overrides)
         if k % 2:
             wait_for(lambda: any(checkpoints.glob("*-tmp*/*")), process)
-        elif k % 4:  # a step is logged, and a while
-            size = file_size(workdir / "metrics.jsonl")
-            wait_for(lambda size=size: file_size(workdir / "metrics.jsonl") > size, process)
+        elif k % 4:  # a checkpoint is there, and a while
+            before = committed_steps(epath.Path(checkpoints))
+            wait_for(
+                lambda before=before: committed_steps(epath.Path(checkpoints)) != before, process
+            )
             time.sleep(r.uniform(0, 0.3))
         else:
             time.sleep(r.uniform(1, 10))
@@ -234,7 +236,3 @@ def test_killed_twenty_times_a_run_is_bit_equal(tmp_path):
     assert status == 0, output
     assert_same_run(workdir, expected)
     assert not list(checkpoints.glob("*.damaged"))
-
-
-def file_size(file) -> int:
-    return file.stat().st_size if file.exists() else 0
