@@ -35,7 +35,7 @@ def label_ranks(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Int[Ar
 
 
 class Classifiers:
-    """Classifiers that are run over whole splits; compiled once.
+    """Classifiers that are run over whole splits.
 
     Args:
       ranks: (params, batch) -> {name: int32[b, h]}, the `label_ranks` of h classifiers.

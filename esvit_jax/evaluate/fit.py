@@ -86,6 +86,8 @@ class Fit:
         state = parallel.replicate(state, mode)
         if start:  # perhaps it was stopped in the midst of that
             self.after_step(start, state, None)
+        if self.signals.received:
+            raise self._stopped(start)
         if start == self.total_steps:
             return state
         on_devices = parallel.on_all_devices(step, mode, donate=True)
@@ -123,11 +125,14 @@ class Fit:
                     self.numbers(done, scalars)  # what cannot go on is not kept
                 self.checkpoints.save(done, state, force=last or stopping)
                 if stopping:
-                    raise Interrupted(
-                        f"stopped by a signal after step {done} of {self.total_steps}; the same "
-                        "command goes on from there"
-                    )
+                    raise self._stopped(done)
         return state
+
+    def _stopped(self, done: int) -> Interrupted:
+        return Interrupted(
+            f"stopped by a signal after step {done} of {self.total_steps}; the same command goes "
+            "on from there"
+        )
 
     def _batches(self, start: int) -> Generator[dict[str, np.ndarray], None, None]:
         """This process's share of the batches from a step on, without end."""

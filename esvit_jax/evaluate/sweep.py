@@ -130,8 +130,10 @@ def head_losses(
     """The mean cross-entropy of each head."""
 
     def loss(head, x):
-        losses = optax.softmax_cross_entropy_with_integer_labels(head_logits(head, x), labels)
-        return jnp.mean(losses)
+        logits = head_logits(head, x)
+        # Its gradient with labels as numbers is a scatter, which XLA is slow to compile.
+        wanted = jax.nn.one_hot(labels, logits.shape[1])
+        return jnp.mean(optax.softmax_cross_entropy(logits, wanted))
 
     return {n: jax.vmap(loss, (0, None))(heads[n], features[n]) for n in heads}
 
