@@ -42,18 +42,18 @@ def open_multilabel(
       UserError: see `open_source`; there are no such features, or the records are TFRecord files.
     """
     source = open_source(name, split, data_dir)
-    features = tfds_builder(name, data_dir).info.features
-    missing = [key for key in (certain, possible) if key not in features]
-    if missing:
-        raise UserError(
-            f"it has no feature {missing[0]}; it has {', '.join(features)}",
-            argument="name", value=name,
-        )  # fmt: skip
     records = source.records if isinstance(source, IndexedSource) else None
     if not isinstance(source, IndexedSource) or not isinstance(records, TfdsRecords):
         raise UserError(
             "several classes an image are read from array_record files only; prepare it again "
             "with `tfds build --file_format=array_record`",
+            argument="name", value=name,
+        )  # fmt: skip
+    features = tfds_builder(name, data_dir).info.features
+    missing = [key for key in (certain, possible) if key not in features]
+    if missing:
+        raise UserError(
+            f"it has no feature {missing[0]}; it has {', '.join(features)}",
             argument="name", value=name,
         )  # fmt: skip
     class_names = tuple(features[possible].feature.names)
