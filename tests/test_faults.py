@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 from damage import flip_bit, largest, random_state
 from etils import epath
 from rich.console import Console
-from test_loop import losses, start
+from test_loop import environment, losses, start
 
 from esvit_jax import checkpoint, checksums, loop
 from esvit_jax.checkpoint import Checkpoints, load_model
@@ -188,6 +189,92 @@ def test_sigterm_during_a_save(undisturbed, tmp_path):
     status, lines = finish(tmp_path, STEPS)
     assert status == 0, lines
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_the_last_checkpoint_is_in_the_account(tiny_config, tmp_path, monkeypatch):
+    tiny_config.total_steps = 1
+
+    def slow(folder, write=checksums.write):
+        time.sleep(3)
+        write(folder)
+
+    monkeypatch.setattr(checksums, "write", slow)
+    loop.train(tiny_config, tmp_path, console=Console(file=io.StringIO()))
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["spent_checkpoint"] > 2.5
+
+
+# Other surroundings
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed after step 4, to be gone on with."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    process = start(workdir, STEPS)
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    assert wait_for(lambda: 3 in committed_steps(checkpoints) and max(logged(workdir)) > 3, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    return workdir
+
+
+CLOCK = """
+import os, time
+real, real_ns, shift = time.time, time.time_ns, int(os.environ["CLOCK_SHIFT"])
+time.time = lambda: real() + shift
+time.time_ns = lambda: real_ns() + shift * 10**9
+"""
+LOCALE = "import locale; locale.setlocale(locale.LC_ALL, ''); assert f'{1.5:n}' == '1,5'"
+
+
+def at_start(folder, code) -> dict[str, str]:
+    """The variables of a process that runs some code before its own."""
+    (folder / "sitecustomize.py").write_text(code)
+    own = environment(devices=1)["PYTHONPATH"]
+    return {"PYTHONPATH": os.pathsep.join([str(folder), own])}
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["a day ago", *(pytest.param(x, marks=pytest.mark.slow) for x in
+                    ("in a day", "Tokyo", "ASCII", "German"))],
+)  # fmt: skip
+def test_a_run_goes_on_in_other_surroundings(killed, undisturbed, tmp_path, where):
+    """Bit-equal, with its files readable by all."""
+    workdir = shutil.copytree(killed, tmp_path / "run")
+    if where in ("a day ago", "in a day"):
+        variables = at_start(tmp_path, CLOCK)
+        variables["CLOCK_SHIFT"] = "-86400" if where == "a day ago" else "86400"
+    elif where == "Tokyo":
+        variables = {"TZ": "Asia/Tokyo"}
+    elif where == "ASCII":
+        variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    else:
+        made = subprocess.run(
+            ["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")],
+            capture_output=True,
+        )
+        if made.returncode:
+            pytest.skip("there is no German locale to be had")
+        variables = at_start(tmp_path, LOCALE)
+        variables |= {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
+    status, output = finish(workdir, STEPS, **variables)
+    assert status == 0 and any("(from step " in line for line in output), output
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_run_goes_on_from_another_folder(killed, undisturbed, tmp_path, monkeypatch):
+    """By another relative path; data are looked for where their name says."""
+    workdir = shutil.copytree(killed, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, output = finish("../run", STEPS, "--config.data.name=./data")
+    assert status == USER_ERROR
+    assert output[-1] == ("esvit train: config.data.name = './data': there is no such directory")
+    status, output = finish("../run", STEPS)
+    assert status == 0, output
+    assert_same_run(workdir, undisturbed)
 
 
 # SIGKILL
