@@ -123,8 +123,9 @@ def test_of_equal_logits_the_lower_class_is_first():
 def test_order_and_words_of_the_default():
     heads = [head for n in Sweep().blocks for head in Sweep().heads(n)]
     assert len(heads) == len(set(heads)) == 13 * 2 * 2
-    assert heads[0] == Head(1, 1e-4, 0.0) and heads[13] == Head(1, 1e-4, 1e-4)
-    assert str(heads[-1]) == "last 4 blocks, learning rate 0.2, decay 0.0001"
+    assert {0.001, 0.003, 0.01} < {head.learning_rate for head in heads}  # the published ones
+    assert heads[0] == Head(1, 3e-4, 0.0) and heads[13] == Head(1, 3e-4, 1e-4)
+    assert str(heads[-1]) == "last 4 blocks, learning rate 10, decay 0.0001"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--learning_rates", type=numbers, metavar="X,…",
-        help="that are tried, for 256 images a step (default: 13, from 0.0001 to 0.2)",
+        help="that are tried, for 256 images a step (default: 13, from 0.0003 to 10)",
     )  # fmt: skip
     parser.add_argument(
         "--blocks", type=whole_numbers, metavar="N,…",
