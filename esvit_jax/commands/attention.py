@@ -142,11 +142,11 @@ def _images(loaded: "LoadedModel", arguments: Any) -> "tuple[list[str], jax.Arra
     Raises:
       UserError: one is no image, or there is no such data.
     """
+    import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from esvit_jax.analyze.pictures import short_name
-    from esvit_jax.data.loader import eval_batches
+    from esvit_jax.data.loader import first_images
     from esvit_jax.evaluate.features import evaluation_images
     from esvit_jax.interop.load import preprocessor
 
@@ -155,19 +155,13 @@ def _images(loaded: "LoadedModel", arguments: Any) -> "tuple[list[str], jax.Arra
         with renamed(images="--images"):
             return [os.path.basename(file) for file in files], preprocessor(loaded.config)(files)
     source, data = open_split(arguments, loaded), loaded.config.data
-    batches = eval_batches(
-        source, batch_size=min(4 * arguments.count, len(source)), canvas_size=data.canvas_size,
-        num_threads=data.num_threads,
-    )  # fmt: skip
-    batch = next(batches)
-    batches.close()
-    readable = np.flatnonzero(batch["mask"])[: arguments.count]
-    if not len(readable):
-        raise UserError(f"{source.name} {source.split}: none of the first records is an image")
-    canvases = {name: jnp.asarray(batch[name][readable]) for name in ("canvas", "size")}
-    return [short_name(batch["id"][i]) for i in readable], evaluation_images(
-        loaded.config, canvases
+    ids, canvases = first_images(
+        source, arguments.count, canvas_size=data.canvas_size, num_threads=data.num_threads
     )
+    if not ids:
+        raise UserError(f"{source.name} {source.split}: none of the first records is an image")
+    views = evaluation_images(loaded.config, jax.tree.map(jnp.asarray, canvases))
+    return list(map(short_name, ids)), views
 
 
 def _draw(

@@ -136,26 +136,19 @@ def _table(report: list[dict[str, Any]]) -> "Table":
 
 
 def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder: str) -> None:
-    import numpy as np
-
     from esvit_jax.analyze.matches import mirrored_matches
     from esvit_jax.analyze.pictures import matches_figure, short_name
-    from esvit_jax.data.loader import eval_batches
+    from esvit_jax.data.loader import first_images
 
     data = loaded.config.data
-    batches = eval_batches(
-        source, batch_size=4 * DRAWN, canvas_size=data.canvas_size, num_threads=data.num_threads
+    ids, canvases = first_images(
+        source, DRAWN, canvas_size=data.canvas_size, num_threads=data.num_threads
     )
-    batch = next(batches)
-    batches.close()
-    readable = np.flatnonzero(batch["mask"])[:DRAWN]
-    canvases = {name: batch[name][readable] for name in ("canvas", "size")}
-    if not len(readable):  # all of the first ones are broken
+    if not ids:  # all of the first ones are broken
         return
     pairs = mirrored_matches(
-        loaded, canvases, key=arguments.key, seed=arguments.seed,
-        titles=[short_name(batch["id"][i]) for i in readable],
-    )  # fmt: skip
+        loaded, canvases, key=arguments.key, seed=arguments.seed, titles=list(map(short_name, ids))
+    )
     matches_figure(pairs, os.path.join(folder, "correspondence.png"))
 
 
