@@ -150,7 +150,7 @@ def attention_figure(
     from matplotlib.figure import Figure
 
     most = max(len(row.maps) for row in rows)
-    columns = min(most, 8)
+    columns = -(-most // -(-most // 8))  # at most eight, and rows of one length if it can be
     lines = [-(-len(row.maps) // columns) for row in rows]
     cell = 1.35
     figure = Figure(

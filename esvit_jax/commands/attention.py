@@ -220,10 +220,10 @@ def _table(heads: "list[HeadsOfBlock]") -> "Table":
         "window",
         "shift",
         "heads",
-        "bits, mean",
+        "bits",
         "least",
         "most",
-        "of at most",
+        "possible",
     )
     table = Table(*columns, title="entropy of attention")
     for column in table.columns:
