@@ -180,13 +180,13 @@ class _Finetune:
 
             def after_step(
                 done: int, state: ClassifierState, numbers: dict[str, float] | None
-            ) -> None:
+            ) -> bool:
                 if numbers:
                     rate = float(self._schedule(done - 1))
                     writer.write(done, numbers | {"learning_rate": rate})
                 epoch_ends = done % self.steps_per_epoch == 0 or done == self.total_steps
                 if not epoch_ends or done in [result.step for result in results]:
-                    return
+                    return False
                 # Alone, nobody waits for what is broken off; the next start makes up for it.
                 alone = jax.process_count() == 1
                 with signals.breaking_off(alone), progress.busy(f"evaluating at step {done}"):
@@ -194,6 +194,7 @@ class _Finetune:
                     progress.print(f"step {done}: {results[-1]}")
                     writer.write(done, results[-1].scalars())
                     writer.flush()
+                return True
 
             step = functools.partial(
                 steps.classifier_step,

@@ -27,8 +27,8 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
 Step = Callable[[ClassifierState, Any], tuple[ClassifierState, dict[str, Any]]]
 
 
-def _nothing(done: int, state: ClassifierState, numbers: dict[str, float] | None) -> None:
-    pass
+def _nothing(done: int, state: ClassifierState, numbers: dict[str, float] | None) -> bool:
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Fit:
       numbers: (steps done, scalars of the last one) -> what is shown of them, with "loss"; it may
         refuse to go on. Asked after the first step, then every `config.log_every_steps`, and after
         the last.
-      after_step: (steps done, state, the numbers every so many steps, else None), called after
-        every step, before it is saved; and after that which an earlier start took last.
+      after_step: (steps done, state, the numbers every so many steps, else None) -> whether that
+        took time which is not the steps'; called after every step, before it is saved, and after
+        that which an earlier start took last.
     """
 
     config: ConfigDict
@@ -58,7 +59,7 @@ class Fit:
     progress: Progress
     signals: StopSignals
     numbers: Callable[[int, Mapping[str, Any]], dict[str, float]]
-    after_step: Callable[[int, ClassifierState, dict[str, float] | None], None] = _nothing
+    after_step: Callable[[int, ClassifierState, dict[str, float] | None], bool] = _nothing
 
     @property
     def start(self) -> int:
@@ -119,7 +120,9 @@ class Fit:
                     pace = clock.report((done - timed_from) * self.batch_size)
                     self.progress.update(done, numbers | pace)
                     timed_from = done
-                self.after_step(done, state, numbers if due else None)
+                if self.after_step(done, state, numbers if due else None):
+                    clock.restart()
+                    timed_from = done
                 stopping = anywhere(self.signals.received)
                 if stopping:
                     self.numbers(done, scalars)  # what cannot go on is not kept
