@@ -28,6 +28,7 @@ from esvit_jax.evaluate.features import (
     check_split,
     evaluation_images,
     labelled_features,
+    params_sha1,
 )
 from esvit_jax.evaluate.parts import Parts
 from esvit_jax.models.backbone import BackboneOutput
@@ -94,12 +95,9 @@ class NetworkFeatures:
     def about(self, source: Source) -> dict[str, Any]:
         """What features depend on: parts of an earlier start must agree in all of it."""
         config = self._config
-        params = hashlib.sha1()
-        for array in jax.tree.leaves(self._params):
-            params.update(np.asarray(array).tobytes())
         return {
             "network": self._key,
-            "params_sha1": params.hexdigest(),
+            "params_sha1": params_sha1(self._params),
             "step": self._loaded.step,
             "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},
             "data": source.name,

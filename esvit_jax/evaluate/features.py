@@ -1,13 +1,14 @@
 """Features of every image of a source, computed on all devices; those of splits with labels."""
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 from rich.console import Console
 
 from esvit_jax import parallel, steps
@@ -50,6 +51,14 @@ def raw_pixels(config: ConfigDict) -> Callable[[Any, dict], jax.Array]:
         return images.reshape(len(images), -1)
 
     return extract
+
+
+def params_sha1(params: PyTree) -> str:
+    """What tells a network's params from all others."""
+    digest = hashlib.sha1()
+    for array in jax.tree.leaves(params):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def fitting_batch_size(batch_size: int, lengths: Sequence[int], devices: int) -> int:

@@ -24,8 +24,8 @@ from esvit_jax.data.holdout import sample
 from esvit_jax.data.sources import Source
 from esvit_jax.errors import RunError, UserError, full_disk_in_words
 from esvit_jax.evaluate.accuracy import Classifiers, label_ranks
-from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size
-from esvit_jax.evaluate.fit import Fit, check_classes, image_size, params_sha1
+from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size, params_sha1
+from esvit_jax.evaluate.fit import Fit, check_classes, image_size
 from esvit_jax.evaluate.result import Result, results_of_lines
 from esvit_jax.evaluate.sweep import INIT_STD, head_logits
 from esvit_jax.evaluate.tuning import Tuning, finetune_loss, finetune_optimizer

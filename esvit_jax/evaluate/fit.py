@@ -2,14 +2,13 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
 from esvit_jax import parallel
 from esvit_jax.checkpoint import Checkpoints
@@ -188,14 +187,6 @@ def classifier_views(
         mean=config.views.mean,
         std=config.views.std,
     )
-
-
-def params_sha1(params: PyTree) -> str:
-    """What tells a network's params from all others."""
-    digest = hashlib.sha1()
-    for array in jax.tree.leaves(params):
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def check_classes(source: Source, what: str) -> None:

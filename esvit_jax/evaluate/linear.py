@@ -24,13 +24,12 @@ from esvit_jax.data.holdout import hold_out
 from esvit_jax.data.sources import Source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate.accuracy import Accuracy, Classifiers
-from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size
+from esvit_jax.evaluate.features import evaluation_images, fitting_batch_size, params_sha1
 from esvit_jax.evaluate.fit import (
     Fit,
     check_classes,
     classifier_views,
     image_size,
-    params_sha1,
 )
 from esvit_jax.evaluate.result import Result
 from esvit_jax.evaluate.sweep import (
@@ -180,7 +179,7 @@ class _Probe:
         self.total_steps = max(1, round(epochs * self.steps_per_epoch))
         self._about = {
             "params_sha1": params_sha1(self._params),
-            "data": [train.name, train.split, len(train), train.class_names],
+            "data_sha1": train.fingerprint(),
             "sweep": [sweep.blocks, sweep.learning_rates, sweep.weight_decays],
             "batch_size": self.batch_size,
             "total_steps": self.total_steps,
