@@ -29,7 +29,8 @@ class UserError(ValueError):
         self.message, self.argument, self.value = message, argument, value
         line = message
         if argument.startswith("--"):
-            line = f"{argument}={value}: {message}"
+            typed = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            line = f"{argument}={typed}: {message}"
         elif argument:
             line = f"{argument} = {value!r}: {message}"
         super().__init__(line)

@@ -8,7 +8,14 @@ import tiny
 
 from esvit_jax.__main__ import COMMANDS
 from esvit_jax.commands import completion
-from esvit_jax.commands.arguments import ConfigParser, Parser, check_writable, path, positive
+from esvit_jax.commands.arguments import (
+    ConfigParser,
+    Parser,
+    check_folder,
+    check_writable,
+    path,
+    positive,
+)
 from esvit_jax.errors import UserError
 
 
@@ -148,3 +155,15 @@ def test_completion_scripts_name_everything(monkeypatch):
     assert f"complete -c esvit -n __fish_use_subcommand -f -a knn -d '{COMMANDS['knn'][1]}'" in fish
     for end in ("-l workdir -r", "-l json", "-f -a one", "-l config.seed -r"):
         assert f"{knn} {end}" in fish
+
+
+def test_a_folder_is_tried_and_not_left_behind(tmp_path):
+    check_folder(str(tmp_path / "a" / "b"), "--out")
+    check_folder(str(tmp_path), "--out")
+    check_folder("gs://bucket/x", "--out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("kept")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", "/proc/x/y"):
+        with pytest.raises(UserError, match=f"^--out={bad}: no file can be written there: "):
+            check_folder(str(bad), "--out")
+    assert (tmp_path / "file").read_text() == "kept"

@@ -7,8 +7,14 @@ from test_knn_command import save_random
 
 from esvit_jax import checkpoint
 from esvit_jax.data.sources import IndexedSource, open_source, read_images
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import cache
-from esvit_jax.evaluate.cache import KeptFeatures, NetworkFeatures, kept_features
+from esvit_jax.evaluate.cache import (
+    KeptFeatures,
+    NetworkFeatures,
+    kept_features,
+    labelled_blocks,
+)
 from esvit_jax.evaluate.features import FeatureExtractor, view_features
 from esvit_jax.evaluate.parts import Parts
 
@@ -159,3 +165,57 @@ def test_about_names_the_network_and_the_data(loaded):
     about = work.about(source)
     assert about["network"] == "student" and about["records"] == 20
     assert about["data_sha1"] != open_source(loaded.config.data.name, "test[:21]").fingerprint()
+
+
+def test_where_no_image_can_be_read(loaded, tmp_path):
+    name = folder_of_images(tmp_path / "images")
+    for file in (tmp_path / "images").glob("*/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of 4 images can be read; a probe needs some"):
+        labelled_blocks(loaded, [open_source(name, "train")], "a probe", keep=tmp_path / "kept")
+
+
+def test_a_place_where_nothing_can_be_kept(loaded, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"^features = '\S+/file/\S+': it cannot be written: "):
+        keep(loaded, tmp_path / "file")
+
+
+def test_what_is_all_there_is_only_read(loaded, tmp_path):
+    """Nothing is written then, so it may be where nothing can be."""
+    first = keep(loaded, tmp_path / "kept").array()
+    files = list(tmp_path.glob("kept/*/*/*"))
+    times = [file.stat().st_mtime_ns for file in files]
+    np.testing.assert_array_equal(keep(loaded, tmp_path / "kept").array(), first)
+    assert [file.stat().st_mtime_ns for file in files] == times and len(files) == 4
+
+
+def test_what_another_command_removes_in_the_middle(loaded, tmp_path, monkeypatch):
+    kept = keep(loaded, tmp_path / "kept")
+    keep(loaded._replace(step=7), tmp_path / "kept")
+    with pytest.raises(RunError, match=r"00000000.npz is gone: .*; start this one again$"):
+        kept.array()
+    write = Parts.write
+
+    def removing(self, i, columns):
+        self.remove()
+        write(self, i, columns)
+
+    monkeypatch.setattr(Parts, "write", removing)
+    with pytest.raises(RunError, match=r"\.parts is gone: .*; start this one again$"):
+        keep(loaded, tmp_path / "kept", "train[:8]")
+
+
+def test_two_commands_may_fill_it_at_the_same_time(loaded, tmp_path, monkeypatch):
+    """Both compute what neither found; what each writes is whole when it is there."""
+    first, write = keep(loaded, tmp_path / "one").array(), Parts.write
+
+    def interleaved(self, i, columns):
+        monkeypatch.setattr(Parts, "write", write)
+        np.testing.assert_array_equal(keep(loaded, tmp_path / "two").array(), first)
+        monkeypatch.setattr(Parts, "write", interleaved)
+        write(self, i, columns)
+
+    monkeypatch.setattr(Parts, "write", interleaved)
+    np.testing.assert_array_equal(keep(loaded, tmp_path / "two").array(), first)
+    assert not list(tmp_path.glob("two/*/*/*.tmp"))

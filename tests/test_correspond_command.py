@@ -10,12 +10,15 @@ from PIL import Image
 from test_knn_command import save_random
 
 from esvit_jax import checkpoint
+from esvit_jax.analyze.attention import Attention
+from esvit_jax.analyze.matches import matches_of_two
 from esvit_jax.commands import attention, correspond
 from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate.correspondence import correspond as match
 from esvit_jax.evaluate.correspondence import evaluate_correspondence, mirrored_pairs
+from esvit_jax.interop.load import preprocessor
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -93,6 +96,7 @@ def test_what_is_refused(workdir, tmp_path):
         (["--images=missing.jpg", f"--out={tmp_path}"], "missing.jpg cannot be read"),
         (["--images=missing.jpg"], "--out is missing"),
         (["--data=bundled/nothing"], "--data=bundled/nothing"),
+        (["--images=a.jpg", "--json"], "--json has no numbers to print; leave it out"),
     ]:
         with pytest.raises(UserError, match=message):
             correspond.main([f"--workdir={workdir}", *flags])
@@ -106,6 +110,11 @@ def test_features_that_are_not_finite(workdir):
     source = open_source(loaded.config.data.name, "test[:8]")
     with pytest.raises(RunError, match="not finite"):
         evaluate_correspondence(loaded, source)
+    images = preprocessor(loaded.config)([np.zeros((16, 16, 3), np.uint8)] * 2)
+    with pytest.raises(RunError, match="not finite"):
+        matches_of_two(loaded, images[0], images[1], title="")
+    with pytest.raises(RunError, match="not finite"):
+        Attention(loaded.model.backbone, loaded.teacher["backbone"], images)
 
 
 def test_attention_of_the_run(workdir, capsys):

@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from esvit_jax.analyze.figures import Curve, first_rise, loss_figure, views_figure
+from esvit_jax.analyze.pictures import Neighbours, map_figure, neighbours_figure
 from esvit_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -196,6 +197,21 @@ def test_views_figure(tmp_path, drawn, size, local, num_local):
             inside_x = min(a.x1, b.x1) - max(a.x0, b.x0)
             inside_y = min(a.y1, b.y1) - max(a.y0, b.y0)
             assert min(inside_x, inside_y) <= 1e-6
+
+
+def test_names_are_drawn_as_they_are(tmp_path, drawn):
+    """Neither formulas nor, as of labels that begin with _, nothing."""
+    names = [r"$\frac$", "_hidden", "5$ and $x^2$"]
+    points = np.arange(6, dtype=np.float32).reshape(3, 2)
+    map_figure(points, np.arange(3), names, names[0], tmp_path / "map.png")
+    axes = drawn[0].axes[0]
+    legend = axes.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == names
+    assert [text.get_parse_math() for text in [axes.title, *legend.get_texts()]] == [False] * 4
+    picture = np.zeros((4, 4, 3), np.float32)
+    row = Neighbours(picture, names[0], [picture], names[:1], None)
+    neighbours_figure([row], tmp_path / "new" / "neighbours.png")
+    assert is_png(tmp_path / "new" / "neighbours.png")
 
 
 def test_importing_does_not_load_matplotlib():

@@ -4,16 +4,18 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_convert import random_params
 from test_knn_command import save_random
 
 from esvit_jax.analyze.neighbours import map_images, nearest_images
 from esvit_jax.analyze.pictures import short_name
+from esvit_jax.commands import attention, correspond, neighbours
 from esvit_jax.commands import map as map_command
-from esvit_jax.commands import neighbours
-from esvit_jax.errors import UserError
+from esvit_jax.errors import RunError, UserError
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -102,9 +104,31 @@ def test_map_of_the_data(workdir, capsys):
 def test_what_is_refused(workdir):
     for main, flags, message in [
         (neighbours.main, ["--of=40"], "--of=40: it must be numbers from 0 to 39"),
+        (neighbours.main, ["--of=²"], "--of=²: it must be numbers from 0 to 39"),
+        (neighbours.main, ["--of=1", "--images=x.jpg"], "--images: not allowed with argument --of"),
         (neighbours.main, ["--images=none.jpg"], "none.jpg cannot be read"),
         (map_command.main, ["--split=test[:2]", f"--out={workdir}"], "three images"),
         (map_command.main, ["--split=test[:2]"], "--out is missing"),
+        (map_command.main, ["--seed=-1"], "--seed=-1: it must be from 0 to 4294967295"),
+        (neighbours.main, ["--split=test[:1]", f"--out={workdir}"], "one image, and so no neigh"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             main([f"--workdir={workdir}", *flags])
+
+
+def test_a_workdir_that_is_not_there_is_not_made(tmp_path):
+    for main in (neighbours.main, map_command.main, attention.main, correspond.main):
+        with pytest.raises(UserError, match="typo is no workdir"):
+            main([f"--workdir={tmp_path / 'typo'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_diverged(tmp_path, tiny_config, monkeypatch):
+    def not_finite(config, seed):
+        return jax.tree.map(lambda x: np.full_like(x, np.nan), random_params(config, seed))
+
+    monkeypatch.setattr("test_knn_command.random_params", not_finite)
+    workdir = save_random(tmp_path / "run", tiny_config, seed=1)
+    for main in (neighbours.main, map_command.main):
+        with pytest.raises(RunError, match="features of 40 of 40 images are not finite"):
+            main([f"--workdir={workdir}"])

@@ -60,6 +60,10 @@ def test_names():
     )  # fmt: skip
     assert about.num_classes == 45
     assert named_set("folder:/x=y")[1].place == "folder:/x=y"
+    with pytest.raises(UserError, match="no set of the name 'cfar10'; any other set is written fo"):
+        named_set("cfar10=folder:/data/a=b")
+    with pytest.raises(UserError, match="it names no set"):
+        named_set("")
 
 
 # Several classes an image.

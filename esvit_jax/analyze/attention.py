@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from esvit_jax.errors import RunError
 from esvit_jax.models.backbone import Backbone, BackboneOutput, BlockInfo
 
 
@@ -127,6 +128,9 @@ class Attention:
     Args:
       backbone, params: the network.
       images: f32[b, h, w, 3], normalised.
+
+    Raises:
+      RunError: features are not finite.
     """
 
     def __init__(self, backbone: Backbone, params: PyTree, images: Float[Array, "b h w 3"]):
@@ -134,6 +138,10 @@ class Attention:
             return backbone.forward(params, images, outputs=("attention",))
 
         self.output = jax.jit(forward)(params, images)
+        if not np.isfinite(self.output.region_features).all():
+            raise RunError(
+                "features are not finite; the network diverged, take an earlier checkpoint"
+            )
         self.blocks = backbone.blocks
 
     def shape(self, block: int) -> tuple[int, int]:

@@ -227,9 +227,10 @@ def _draw_box(axes: "Axes", box: np.ndarray, color: str, name: str) -> None:
 
 
 def write_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Writes a figure as a PNG file, local or in a bucket."""
+    """Writes a figure as a PNG file, local or in a bucket, whose folder is made if need be."""
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(path).write_bytes(png.getvalue())
 
 

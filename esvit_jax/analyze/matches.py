@@ -8,6 +8,7 @@ from einops import rearrange
 
 from esvit_jax.analyze.pictures import MatchedPair, Picture, to_picture
 from esvit_jax.checkpoint import LoadedModel
+from esvit_jax.errors import RunError
 from esvit_jax.evaluate.correspondence import (
     COUNTED_PAIRS,
     correspond,
@@ -31,6 +32,9 @@ def mirrored_matches(
       key: "teacher" or "student"; None as in `LoadedModel.network`.
       seed: of the colours of the mirrored views.
       titles: of each image; what share of its pairs hit comes after it.
+
+    Raises:
+      RunError: features are not finite.
     """
     views = jax.jit(lambda batch: mirrored_pairs(batch, loaded.config, seed))(canvases)
     found = _match(loaded, key, *views)
@@ -52,7 +56,11 @@ def matches_of_two(
     key: str | None = None,
     title: str,
 ) -> MatchedPair:
-    """The surest matches between two images, f32[s, s, 3] as a backbone takes them."""
+    """The surest matches between two images, f32[s, s, 3] as a backbone takes them.
+
+    Raises:
+      RunError: features are not finite.
+    """
     (pair,) = _match(loaded, key, first[None], second[None])
     return pair._replace(title=title)
 
@@ -63,6 +71,8 @@ def _match(
     backbone, params = loaded.model.backbone, loaded.network(key)["backbone"]
     forward = jax.jit(lambda images: backbone.forward(params, images).region_features)
     maps = forward(first), forward(second)
+    if not all(np.isfinite(x).all() for x in maps):
+        raise RunError("features are not finite; the network diverged, take an earlier checkpoint")
     shapes = maps[0].shape[1:3], maps[1].shape[1:3]
     found = correspond(*(rearrange(x, "b h w d -> b (h w) d") for x in maps))
 

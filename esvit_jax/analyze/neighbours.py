@@ -58,13 +58,16 @@ def map_images(
       features: of the images; normalised here, as k-NN compares them.
       method: "pca", "tsne" (scikit-learn's, of the first 50 components), or "umap" (the extra
         `umap`).
-      seed: of the last two.
+      seed: of the last two, from 0 to 2**32 - 1.
 
     Raises:
-      UserError: another method, one that is not installed, or fewer than three images.
+      UserError: another method, one that is not installed, another seed, or fewer than three
+        images.
     """
     if method not in METHODS:
         raise UserError(f"it must be {', '.join(METHODS)}", argument="method", value=method)
+    if not 0 <= seed < 2**32:
+        raise UserError("it must be from 0 to 4294967295", argument="seed", value=seed)
     if len(features) < 3:
         raise UserError(f"a map needs three images, and there are {len(features)}")
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

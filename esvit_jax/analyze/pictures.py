@@ -1,6 +1,7 @@
 """Figures of what a backbone sees in images: matches, attention, features, neighbours.
 
-Like `figures.py` these are made without pyplot. Pictures are f32[h, w, 3] in 0..1.
+Like `figures.py` these are made without pyplot. Pictures are f32[h, w, 3] in 0..1. Names of files
+and classes are drawn as they are: what stands between two $ is no formula (`parse_math`).
 """
 
 import os
@@ -86,7 +87,7 @@ def _draw_pair(axes: "Axes", pair: MatchedPair) -> None:
     axes.set_xlim(0, 2 + gap)
     axes.set_ylim(tallest, 0)
     axes.set_aspect("equal")
-    axes.set_title(pair.title, fontsize=9)
+    axes.set_title(pair.title, fontsize=9, parse_math=False)
     offsets = (0.0, 1 + gap)
     for picture, left, height in zip((pair.first, pair.second), offsets, heights, strict=True):
         smoothing = "nearest" if max(picture.shape[:2]) <= 64 else "auto"
@@ -156,7 +157,7 @@ def attention_figure(
     figure = Figure(
         figsize=(cell * (columns + 1), (cell + 0.24) * sum(lines)), layout="constrained"
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     grid = figure.subplots(sum(lines), columns + 1, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -323,7 +324,7 @@ def neighbours_figure(rows: Sequence[Neighbours], out_path: str | os.PathLike[st
 
 def _picture(axes: "Axes", picture: Picture, title: str, frame: str | None) -> None:
     axes.imshow(picture, interpolation=_smoothing(picture))
-    axes.set_title(title, fontsize=7, color=frame or "black")
+    axes.set_title(title, fontsize=7, color=frame or "black", parse_math=False)
     if frame:
         axes.set_axis_on()
         axes.set_xticks([])
@@ -358,15 +359,20 @@ def map_figure(
         axes.scatter(*points.T, s=size, color=BLUE, alpha=0.5, linewidths=0)
     else:
         colors = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
-        for label, name in enumerate(class_names):
+        for label in range(len(class_names)):
             own = points[labels == label]
-            axes.scatter(*own.T, s=size, color=colors(label), alpha=0.7, linewidths=0, label=name)
+            axes.scatter(
+                *own.T, s=size, color=colors(label), alpha=0.7, linewidths=0, label="class"
+            )
         legend = axes.legend(
             frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2
         )
         for handle in filter(None, legend.legend_handles):
             handle.set_alpha(1.0)
-    axes.set_title(title, fontsize=10)
+        # Set as they are: a label that begins with _ would be left out.
+        for text, name in zip(legend.get_texts(), class_names, strict=True):
+            text.set(text=name, parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -318,35 +319,57 @@ def output_folder(arguments: argparse.Namespace, own: bool = True) -> str | None
       own: whether what is looked at may be the run's own; it is where no flag names other data.
 
     Returns:
-      A folder, which is made if it is not there; None if there is none for it.
+      A folder, which `write_json` and `write_figure` make if it is not there; None if there is none
+      for it.
 
     Raises:
       UserError: it cannot be written.
     """
-    from etils import epath
-
     named = (arguments.key, arguments.data, arguments.split, arguments.data_dir)
     folder = arguments.out or (arguments.workdir if own and not any(named) else None)
-    if folder and "://" not in folder:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"it cannot be made: {error.strerror}", argument="--out", value=folder
-            ) from error
-        check_writable(os.path.join(folder, ".try"), "--out")
-    elif folder:
-        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    if folder:
+        check_folder(folder, "--out")
     return folder
 
 
+def check_folder(folder: str, flag: str) -> None:
+    """Refuses a folder in which no file can be written, before anything is computed for it.
+
+    It may be one that is not there yet, and then it still is not. A remote path is taken on trust.
+
+    Args:
+      folder: to write into later.
+      flag: that named it.
+
+    Raises:
+      UserError: says why.
+    """
+    if "://" in folder:
+        return
+    made, above = [], os.path.abspath(folder)
+    while not os.path.lexists(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"no file can be written there: {error.strerror}", argument=flag, value=folder
+        ) from error
+    finally:
+        for path in filter(os.path.isdir, made):
+            os.rmdir(path)
+
+
 def write_json(file: str, value: Any) -> None:
-    """Writes JSON to a file, local or in a bucket."""
+    """Writes JSON to a file, local or in a bucket, whose folder is made if it is not there."""
     from etils import epath
 
     from esvit_jax.buckets import reaching
 
     with reaching(file):
+        epath.Path(file).parent.mkdir(parents=True, exist_ok=True)
         epath.Path(file).write_text(json.dumps(value, indent=1) + "\n")
 
 

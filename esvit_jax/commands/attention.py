@@ -78,7 +78,6 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing: the folder to draw in, as the images are not the run's")
     if not arguments.out:
         folder = os.path.join(folder, "attention")
-        os.makedirs(folder, exist_ok=True)
     loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
     blocks = _blocks(loaded, arguments.block)
     names, images = _images(loaded, arguments)

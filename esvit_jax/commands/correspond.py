@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     add_json(parser)
     arguments = parser.parse_args(argv)
+    if arguments.images and arguments.json:
+        raise UserError("--images only draws, so that --json has no numbers to print; leave it out")
 
     from rich.console import Console
 

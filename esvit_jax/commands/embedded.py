@@ -59,11 +59,14 @@ def features_of(
 
     Raises:
       UserError: no record is an image.
+      RunError: features are not finite.
     """
     from esvit_jax.evaluate.cache import kept_features
+    from esvit_jax.evaluate.features import check_finite
 
     folder = features_folder(arguments)
     (kept,) = kept_features(loaded, [source], folder, key=arguments.key, console=console)
     if not len(kept.labels):
         raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")
+    check_finite(source, kept.finite())
     return kept

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
     with (
         signs_of_life(lambda: f"{arguments.method} of {len(kept.labels)} images", console),
-        renamed(method="--method"),
+        renamed(method="--method", seed="--seed"),
     ):
         points = map_images(kept.array(), arguments.method, arguments.seed)
     file = os.path.join(folder, "map.png")

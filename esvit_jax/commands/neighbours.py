@@ -1,6 +1,7 @@
 """`esvit neighbours`: which images a backbone takes for alike."""
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import Parser, positive
@@ -23,8 +24,9 @@ def main(argv: list[str]) -> None:
     """`esvit neighbours`."""
     parser = Parser("neighbours", "Draws the images that are most like some image, on one sheet.")
     add_flags(parser, "neighbours.png")
-    parser.add_argument("--images", metavar="A,B,…", help="image files to look for, in the data")
-    parser.add_argument("--of", metavar="I,J,…", help="or images of the data, by number from 0")
+    queries = parser.add_mutually_exclusive_group()
+    queries.add_argument("--images", metavar="A,B,…", help="image files to look for, in the data")
+    queries.add_argument("--of", metavar="I,J,…", help="or images of the data, by number from 0")
     parser.add_argument("--k", type=positive, default=8, help="neighbours (default: 8)")
     arguments = parser.parse_args(argv)
     console, loaded, source, folder = open_all(arguments)
@@ -45,7 +47,11 @@ def main(argv: list[str]) -> None:
 def _rows(
     loaded: "LoadedModel", source: "Source", kept: "KeptFeatures", arguments: Any
 ) -> "list[Neighbours]":
-    """The queries and what is found for them, ready to be drawn."""
+    """The queries and what is found for them, ready to be drawn.
+
+    Raises:
+      UserError: an image cannot be read, is not in the data, or has nothing to be compared with.
+    """
     import jax
     import numpy as np
 
@@ -72,6 +78,8 @@ def _rows(
         shown, titles = pictures(canvases), [os.path.basename(file) for file in files]
     else:
         own = _numbers(arguments.of, len(features))
+        if len(features) < 2:
+            raise UserError(f"{source.name} {source.split} has one image, and so no neighbours")
         queries, titles = features[own], [short_name(str(kept.ids[i])) for i in own]
         shown = pictures(read_canvases(read_images(source, kept.ids, own), config.data.canvas_size))
     found, similarity = nearest_images(queries, features, arguments.k, leave_out=own)
@@ -100,7 +108,7 @@ def _numbers(text: str | None, count: int) -> "np.ndarray":
 
     if not text:
         return np.unique(np.linspace(0, count - 1, QUERIES).astype(int))
-    if not all(part.isdigit() and int(part) < count for part in text.split(",")):
+    if not all(re.fullmatch("[0-9]+", x) and int(x) < count for x in text.split(",")):
         raise UserError(
             f"it must be numbers from 0 to {count - 1}, with commas", argument="--of", value=text
         )

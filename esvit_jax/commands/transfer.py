@@ -18,7 +18,7 @@ from esvit_jax.commands.arguments import (
     quiet_libraries,
 )
 from esvit_jax.commands.labelled import write_report
-from esvit_jax.errors import UserError
+from esvit_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,15 +110,16 @@ def open_sets(
     """The sets that there are; why others are left out is said, and added to `skipped`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or no such name.
     """
     from esvit_jax.evaluate.sets import SETS, named_set
     from esvit_jax.evaluate.transfer import open_set
 
     data_dir = arguments.data_dir or loaded.config.data.data_dir or None
     sets = []
-    for text in arguments.data.split(",") if arguments.data else SETS:
-        name, about = named_set(text)
+    with renamed(text="--data"):
+        named = [named_set(x) for x in (arguments.data.split(",") if arguments.data else SETS)]
+    for name, about in named:
         try:
             sets.append(open_set(name, about, data_dir))
         except UserError as error:

@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 from rich.console import Console
 
 from esvit_jax import buckets, parallel, processes
 from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.config import flatten
 from esvit_jax.data.sources import Source
+from esvit_jax.errors import renamed
 from esvit_jax.evaluate.blocks import ArrayBlocks, Block
 from esvit_jax.evaluate.features import (
     FeatureExtractor,
-    check_split,
+    check_finite,
+    check_labels,
     evaluation_images,
     labelled_features,
     params_sha1,
@@ -170,6 +172,11 @@ class KeptFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def finite(self) -> Bool[np.ndarray, " n"]:
+        """Whether all features of an image are finite."""
+        found = [np.isfinite(x).reshape(len(x), -1).all(axis=1) for x, _ in self]
+        return np.concatenate([np.zeros(0, bool), *found])
+
     def array(self) -> np.ndarray:
         """All of it in memory, [n, ...]."""
         return np.concatenate([features for features, _ in self])
@@ -196,11 +203,14 @@ def kept_features(
 
     Raises:
       UserError: nothing can be written there.
+      RunError: what was there went meanwhile.
     """
     console = console or Console()
     work = NetworkFeatures(loaded, sources, [column], key=key)
     found = []
-    with signs_of_life(work.describe, console), buckets.reaching(folder):
+    with (
+        signs_of_life(work.describe, console), buckets.reaching(folder), renamed(out="features")
+    ):  # fmt: skip
         for source in sources:
             parts = _parts_of(epath.Path(folder), work.about(source), work.num_batches(source))
             work.fill(parts, source, report=lambda line: None)
@@ -229,15 +239,15 @@ def labelled_blocks(
       console: for signs of life; None is standard output.
 
     Raises:
-      UserError, RunError: see `check_split`.
+      UserError, RunError: see `kept_features`, `check_labels` and `check_finite`.
     """
     if keep is None:
         arrays = labelled_features(loaded, sources, what, key=key, console=console)
         return [ArrayBlocks(*split) for split in arrays]
     found = kept_features(loaded, sources, keep, key=key, console=console)
     for source, split in zip(sources, found, strict=True):
-        finite = np.concatenate([np.isfinite(x).all(axis=1, keepdims=True) for x, _ in split])
-        check_split(source, np.where(finite, 0.0, np.nan).astype(np.float32), split.labels, what)
+        check_labels(source, split.labels, what)
+        check_finite(source, split.finite())
     return list(found)
 
 
@@ -251,10 +261,11 @@ def _parts_of(folder: epath.Path, about: dict[str, Any], count: int) -> Parts:
     own = folder / split
     parts = Parts(own / whole, about, count)
     if jax.process_index() == 0:
-        own.mkdir(parents=True, exist_ok=True)
-        for other in own.iterdir():
-            if other.name != parts.folder.name:
-                other.rmtree()
+        with parts.writing():
+            own.mkdir(parents=True, exist_ok=True)
+            for other in own.iterdir():
+                if other.name != parts.folder.name:
+                    other.rmtree()
     return parts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 from rich.console import Console
 
 from esvit_jax import parallel, steps
@@ -200,8 +200,17 @@ def check_split(
       what: needs them, such as "k-NN".
 
     Raises:
+      UserError, RunError: see `check_labels` and `check_finite`.
+    """
+    check_labels(source, labels, what)
+    check_finite(source, np.asarray(np.isfinite(features).all(axis=1)))
+
+
+def check_labels(source: Source, labels: Int[np.ndarray, " n"], what: str) -> None:
+    """Refuses labels of a split from which nothing can be learned.
+
+    Raises:
       UserError: no image could be read, or some have no label.
-      RunError: features are not finite.
     """
     where = f"{source.name} {source.split}"
     if len(labels) == 0:
@@ -210,8 +219,20 @@ def check_split(
         raise UserError(
             f"{where}: {unlabelled} of {len(labels)} images have no label; {what} needs all of them"
         )
-    if bad := int(np.sum(~np.isfinite(features).all(axis=1))):
+
+
+def check_finite(source: Source, finite: Bool[np.ndarray, " n"]) -> None:
+    """Refuses features that are not finite.
+
+    Args:
+      source: of the images.
+      finite: whether all features of an image are.
+
+    Raises:
+      RunError: some are not.
+    """
+    if bad := int(np.sum(~finite)):
         raise RunError(
-            f"{where}: the features of {bad} of {len(features)} images are not finite; the network "
-            "diverged, evaluate an earlier checkpoint"
+            f"{source.name} {source.split}: the features of {bad} of {len(finite)} images are not "
+            "finite; the network diverged, evaluate an earlier checkpoint"
         )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from esvit_jax import buckets
-from esvit_jax.errors import UserError, renamed
+from esvit_jax.errors import RunError, UserError, renamed
 
 
 class Parts:
@@ -48,8 +49,18 @@ class Parts:
         if buckets.is_remote(self._out):
             with renamed(workdir="out"):
                 buckets.usable_folder(os.fspath(self._out.parent))
-        try:
+        with self.writing():
             return self._begin(report)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block, what the operating system refuses is a mistake of the user.
+
+        Raises:
+          UserError: says why `out` cannot be written.
+        """
+        try:
+            yield
         except OSError as error:
             folder = self._out.parent
             why = error.strerror or error if folder.is_dir() else f"there is no folder {folder}"
@@ -60,14 +71,16 @@ class Parts:
     def _begin(self, report: Callable[[str], None]) -> list[int]:
         file = self.folder / "about.json"
         self.folder.mkdir(exist_ok=True)
+        begun = any(self.folder.glob("*.npz"))  # asked first, as another process may begin, too
         earlier = _read_object(file)
-        if earlier is None and any(self.folder.glob("*.npz")):
+        if earlier is None and begun:
             report(f"{file} cannot be read, so nobody knows whose parts these are: begun anew")
             self.remove()
             self.folder.mkdir()
         elif earlier is not None:
             self._check_same(earlier)
-        _write_whole(file, json.dumps(self._about).encode())
+        if earlier != self._about:
+            _write_whole(file, json.dumps(self._about).encode())
 
         names = {path.name for path in self.folder.glob("*.npz")}
         there = [i for i in range(self._count) if self._path(i).name in names]
@@ -96,7 +109,10 @@ class Parts:
         """Writes batch i."""
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **columns)
-        _write_whole(self._path(i), content.getbuffer())
+        if not self.folder.is_dir():
+            raise _gone(self.folder)
+        with self.writing():
+            _write_whole(self._path(i), content.getbuffer())
 
     def __iter__(self) -> Iterator[Any]:
         """The batches, whose arrays are read when they are asked for."""
@@ -132,11 +148,22 @@ class Parts:
 
     @contextmanager
     def _read(self, i: int) -> Iterator[Any]:
-        with self._path(i).open("rb") as file, np.load(file) as part:
+        try:
+            file = self._path(i).open("rb")
+        except FileNotFoundError as error:
+            raise _gone(self._path(i)) from error
+        with file, np.load(file) as part:
             yield part
 
     def _path(self, i: int) -> epath.Path:
         return self.folder / f"{i:08d}.npz"
+
+
+def _gone(path: epath.Path) -> RunError:
+    return RunError(
+        f"{path} is gone: removed by hand, or by a command with another checkpoint or other data; "
+        "start this one again"
+    )
 
 
 def _read_object(file: epath.Path) -> dict[str, Any] | None:
@@ -160,7 +187,8 @@ def _is_whole(part: epath.Path, columns: set[str]) -> bool:
 
 
 def _write_whole(path: epath.Path, content: bytes | memoryview) -> None:
-    temporary = path.with_suffix(".tmp")
+    # A name of its own, as another process may write the same.
+    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
     temporary.replace(path)

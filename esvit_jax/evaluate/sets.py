@@ -7,6 +7,8 @@ those of tensorflow-datasets 4.9.
 
 import dataclasses
 
+from esvit_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class TransferSet:
@@ -71,8 +73,18 @@ def named_set(text: str) -> tuple[str, TransferSet]:
     cifar10                     a set of the table, from TFDS
     gtsrb=folder:/data/gtsrb    a set of the table, from elsewhere: splits are train and test
     folder:/data/birds          any other, judged by top-1; splits are train and test
+
+    Raises:
+      UserError: the name before a place is none of the table's, or there is no name.
     """
     name, _, place = text.partition("=")
+    if name not in SETS and place and ":" not in name:
+        raise UserError(
+            f"there is no set of the name {name!r}; any other set is written {place} alone",
+            argument="text", value=text,
+        )  # fmt: skip
+    if not text:
+        raise UserError("it names no set", argument="text", value=text)
     if name not in SETS:
         return text, TransferSet(text, text, "train", "test", "top1", None)
     if not place:
