@@ -144,6 +144,7 @@ def test_what_attention_refuses(workdir, tmp_path):
         (["--block=2"], "--block=2: there are blocks 0 to 1"),
         (["--at=2,0"], "--at"),
         (["--mass=0"], "--mass"),
+        (["--images=a.jpg,"], "^--images: it is empty; name a file"),
         ([f"--images={PHOTOS / 'coffee.jpg'}"], "--out is missing"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -15,6 +15,7 @@ from esvit_jax.commands.arguments import (
     path,
     positive,
     quiet_libraries,
+    several,
     write_json,
 )
 from esvit_jax.errors import UserError, renamed
@@ -40,7 +41,9 @@ def main(argv: list[str]) -> None:
     add_network(parser)
     add_key(parser)
     add_split(parser)
-    parser.add_argument("--images", metavar="A,B,…", help="image files, in place of a data set")
+    parser.add_argument(
+        "--images", type=several(path), metavar="A,B,…", help="image files, in place of a data set"
+    )
     parser.add_argument(
         "--count", type=positive, default=4, help="images of the data set (default: 4, the first)"
     )
@@ -150,7 +153,7 @@ def _images(loaded: "LoadedModel", arguments: Any) -> "tuple[list[str], jax.Arra
     from esvit_jax.interop.load import preprocessor
 
     if arguments.images:
-        files = arguments.images.split(",")
+        files = arguments.images
         with renamed(images="--images"):
             return [os.path.basename(file) for file in files], preprocessor(loaded.config)(files)
     source, data = open_split(arguments, loaded), loaded.config.data

@@ -15,6 +15,7 @@ from esvit_jax.commands.arguments import (
     output_folder,
     path,
     quiet_libraries,
+    several,
     write_json,
 )
 from esvit_jax.errors import UserError, renamed
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
         "--against", type=path, metavar="DIR", help="another network, to compare with"
     )
     parser.add_argument(
-        "--images", metavar="A[,B]",
+        "--images", type=several(path), metavar="A[,B]",
         help="only draw: one image file and its mirror image, or two image files",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the colours (default: 0)")
@@ -164,8 +165,8 @@ def _draw_files(loaded: "LoadedModel", arguments: Any, folder: str) -> str:
     from esvit_jax.analyze.pictures import matches_figure
     from esvit_jax.interop.load import preprocessor, read_canvases
 
-    files = arguments.images.split(",")
-    if len(files) > 2 or not all(files):
+    files = arguments.images
+    if len(files) > 2:
         raise UserError("it takes one or two files", argument="--images", value=arguments.images)
     names: Sequence[str] = [os.path.basename(file) for file in files]
     with renamed(images="--images"):

@@ -4,7 +4,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from esvit_jax.commands.arguments import Parser, positive
+from esvit_jax.commands.arguments import Parser, path, positive, several
 from esvit_jax.commands.embedded import add_flags, features_of, open_all
 from esvit_jax.errors import UserError, renamed
 
@@ -25,7 +25,9 @@ def main(argv: list[str]) -> None:
     parser = Parser("neighbours", "Draws the images that are most like some image, on one sheet.")
     add_flags(parser, "neighbours.png")
     queries = parser.add_mutually_exclusive_group()
-    queries.add_argument("--images", metavar="A,B,…", help="image files to look for, in the data")
+    queries.add_argument(
+        "--images", type=several(path), metavar="A,B,…", help="image files to look for, in the data"
+    )
     queries.add_argument("--of", metavar="I,J,…", help="or images of the data, by number from 0")
     parser.add_argument("--k", type=positive, default=8, help="neighbours (default: 8)")
     arguments = parser.parse_args(argv)
@@ -69,7 +71,7 @@ def _rows(
         return [to_picture(view, config.views.mean, config.views.std) for view in views]
 
     if arguments.images:
-        files = arguments.images.split(",")
+        files = arguments.images
         backbone, params = loaded.model.backbone, loaded.network(arguments.key)["backbone"]
         with renamed(images="--images"):
             canvases = read_canvases(files, config.data.canvas_size)
