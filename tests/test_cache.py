@@ -1,5 +1,7 @@
 """Features that are kept: what is in them, when they are computed again, how a start goes on."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from esvit_jax import checkpoint
 from esvit_jax.data.sources import IndexedSource, open_source, read_images
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import cache
+from esvit_jax.evaluate.blocks import in_memory
 from esvit_jax.evaluate.cache import (
     KeptFeatures,
     NetworkFeatures,
@@ -219,3 +222,16 @@ def test_two_commands_may_fill_it_at_the_same_time(loaded, tmp_path, monkeypatch
     monkeypatch.setattr(Parts, "write", interleaved)
     np.testing.assert_array_equal(keep(loaded, tmp_path / "two").array(), first)
     assert not list(tmp_path.glob("two/*/*/*.tmp"))
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(loaded, tmp_path, monkeypatch, written):
+    """A converted checkpoint on a disk that others own."""
+    source = open_source(loaded.config.data.name, "test[:20]")
+    (kept,) = labelled_blocks(loaded, [source], "k-NN", keep=tmp_path / "kept")
+    written.clear()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (found,) = labelled_blocks(loaded, [source], "k-NN", keep=tmp_path / "other")
+    assert not written and not (tmp_path / "other").exists()
+    for ours, theirs in zip(in_memory(found), in_memory(kept), strict=True):
+        np.testing.assert_allclose(ours[0], theirs[0], atol=1e-6)
+        np.testing.assert_array_equal(ours[1], theirs[1])

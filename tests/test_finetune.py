@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, undisturbed, monkeypatch, 
 
 def test_from_scratch_by_a_config_is_as_from_a_workdirs_architecture(workdir, tmp_path, capsys):
     config = os.path.join(os.path.dirname(__file__), "tiny.py")
-    flags = [*FLAGS, "--epochs=1", "--train_split=train[:60]", "--json"]
+    flags = [*FLAGS, "--epochs=1", "--warmup_epochs=0", "--train_split=train[:60]", "--json"]
     reports = []
     for i, network in enumerate(
         [[f"--config={config}"], [f"--workdir={workdir}", "--from_scratch"]]
@@ -258,6 +258,7 @@ def test_a_loss_that_is_not_finite():
     ("flags", "message"),
     [
         (["--epochs=0"], r"^--epochs=0.0: it must be more than 0"),
+        (["--epochs=1"], r"^--warmup_epochs=1.0: it must be less than epochs, which is 1"),
         (["--mixup=-1"], r"^--mixup=-1.0: it must be at least 0"),
         (["--learning_rate=nan"], r"^--learning_rate=nan: it must be more than 0"),
         (["--layer_decay=1.5"], r"^--layer_decay=1.5: it must be at most 1"),

@@ -114,8 +114,9 @@ def _evaluate(
     if not folder:
         return f"{words}; not written, as they are not the run's own: give --out=FOLDER"
     write_json(os.path.join(folder, "correspondence.json"), report)
-    _draw_split(loaded[arguments.workdir], source, arguments, folder)
-    return f"{words}; in {folder}: correspondence.json, correspondence.png"
+    drawn = _draw_split(loaded[arguments.workdir], source, arguments, folder)
+    files = "correspondence.json" + (", correspondence.png" if drawn else "")
+    return f"{words}; in {folder}: {files}"
 
 
 def _key(arguments: Any, loaded: "LoadedModel") -> str:
@@ -138,7 +139,8 @@ def _table(report: list[dict[str, Any]]) -> "Table":
     return table
 
 
-def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder: str) -> None:
+def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder: str) -> bool:
+    """Draws the first images; whether there are any that can be read."""
     from esvit_jax.analyze.matches import mirrored_matches
     from esvit_jax.analyze.pictures import matches_figure, short_name
     from esvit_jax.data.loader import first_images
@@ -147,12 +149,13 @@ def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder:
     ids, canvases = first_images(
         source, DRAWN, canvas_size=data.canvas_size, num_threads=data.num_threads
     )
-    if not ids:  # all of the first ones are broken
-        return
+    if not ids:
+        return False
     pairs = mirrored_matches(
         loaded, canvases, key=arguments.key, seed=arguments.seed, titles=list(map(short_name, ids))
     )
     matches_figure(pairs, os.path.join(folder, "correspondence.png"))
+    return True
 
 
 def _draw_files(loaded: "LoadedModel", arguments: Any, folder: str) -> str:

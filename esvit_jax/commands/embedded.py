@@ -1,5 +1,8 @@
 """What commands share that draw the features of a split."""
 
+import atexit
+import shutil
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -55,16 +58,19 @@ def open_all(arguments: Any) -> "tuple[Console, LoadedModel, Source, str]":
 def features_of(
     loaded: "LoadedModel", source: "Source", arguments: Any, console: "Console"
 ) -> "KeptFeatures":
-    """View features of the split, which lie in the workdir for the next time.
+    """View features of the split, which lie in the workdir for the next time if they can.
 
     Raises:
       UserError: no record is an image.
       RunError: features are not finite.
     """
-    from esvit_jax.evaluate.cache import kept_features
+    from esvit_jax.evaluate.cache import can_keep, kept_features
     from esvit_jax.evaluate.features import check_finite
 
     folder = features_folder(arguments)
+    if not can_keep(folder):
+        folder = tempfile.mkdtemp(prefix="esvit_features")
+        atexit.register(shutil.rmtree, folder)
     (kept,) = kept_features(loaded, [source], folder, key=arguments.key, console=console)
     if not len(kept.labels):
         raise UserError(f"{source.name} {source.split}: none of {len(source)} records is an image")

@@ -219,6 +219,17 @@ def kept_features(
     return found
 
 
+def can_keep(folder: str | os.PathLike[str]) -> bool:
+    """Whether features can be kept in a folder, which need not be there yet.
+
+    A converted checkpoint may lie where nobody may write. Of a bucket only trying tells.
+    """
+    if buckets.is_remote(folder):
+        return True
+    there = folder if os.path.isdir(folder) else os.path.dirname(os.path.abspath(folder))
+    return os.access(there, os.W_OK)
+
+
 def labelled_blocks(
     loaded: LoadedModel,
     sources: Sequence[Source],
@@ -235,13 +246,14 @@ def labelled_blocks(
       sources: of the splits; images that cannot be read are left out.
       what: needs the labels, such as "k-NN".
       key: "teacher" or "student"; None as in `LoadedModel.network`.
-      keep: the folder of `kept_features`; None keeps nothing, and has all in memory.
+      keep: the folder of `kept_features`; None, or one where nothing can be written, keeps
+        nothing, and has all in memory.
       console: for signs of life; None is standard output.
 
     Raises:
       UserError, RunError: see `kept_features`, `check_labels` and `check_finite`.
     """
-    if keep is None:
+    if keep is None or not can_keep(keep):
         arrays = labelled_features(loaded, sources, what, key=key, console=console)
         return [ArrayBlocks(*split) for split in arrays]
     found = kept_features(loaded, sources, keep, key=key, console=console)

@@ -62,6 +62,11 @@ class Tuning:
                 raise UserError(f"it must be {least or 'at least 0'}", argument=name, value=value)
         if self.batch_size < 1:
             raise UserError("it must be at least 1", argument="batch_size", value=self.batch_size)
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"it must be less than epochs, which is {self.epochs:g}",
+                argument="warmup_epochs", value=self.warmup_epochs,
+            )  # fmt: skip
         if self.layer_decay > 1:
             raise UserError("it must be at most 1", argument="layer_decay", value=self.layer_decay)
         if self.label_smoothing >= 1:
