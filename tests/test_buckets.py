@@ -357,7 +357,6 @@ def test_a_server_that_is_gone_for_good(own_server, local):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sending a large body")  # of gcsfs
 def test_data_in_a_bucket(server, remote):
     """array_record files are read by array_record itself, with a client of its own."""
     folder = sources.BUNDLED / "fashion_mnist_mini"
@@ -381,7 +380,6 @@ def test_data_in_a_bucket(server, remote):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sending a large body")  # of gcsfs
 def test_data_that_is_gone_while_training(own_server, tmp_path, monkeypatch):
     """array_record's client would wait for ever; a word after half a minute, then one line."""
     for name, url in own_server.environment.items():

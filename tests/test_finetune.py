@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite():
     ("flags", "message"),
     [
         (["--epochs=0"], r"^--epochs=0.0: it must be more than 0"),
-        (["--epochs=1"], r"^--warmup_epochs=1.0: it must be less than epochs, which is 1"),
+        (["--epochs=1"], r"^--warmup_epochs=5: it must be less than epochs, which is 1"),
         (["--mixup=-1"], r"^--mixup=-1.0: it must be at least 0"),
         (["--learning_rate=nan"], r"^--learning_rate=nan: it must be more than 0"),
         (["--layer_decay=1.5"], r"^--layer_decay=1.5: it must be at most 1"),

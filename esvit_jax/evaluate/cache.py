@@ -275,7 +275,8 @@ def _parts_of(folder: epath.Path, about: dict[str, Any], count: int) -> Parts:
     if jax.process_index() == 0:
         with parts.writing():
             own.mkdir(parents=True, exist_ok=True)
-            for other in own.iterdir():
+            # A folder of a bucket is there when something is in it.
+            for other in own.iterdir() if own.exists() else ():
                 if other.name != parts.folder.name:
                     other.rmtree()
     return parts
