@@ -1,5 +1,6 @@
 """Shape checks, virtual devices and a shared compilation cache for every test."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,22 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("esvit_jax", "beartype.beartype")
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Gives compiled programs back between files: a process may have 65,530 pieces of memory.
+
+    Each program has a few; where one more cannot be had, XLA dies of it.
+    """
+    yield
+    with open("/proc/self/maps") as maps:
+        pieces = sum(1 for _ in maps)
+    if pieces > 15_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(name="tiny_config")

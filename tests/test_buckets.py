@@ -246,6 +246,7 @@ def test_training_on_labels_reads_and_writes(killed, local, tmp_path):
     ours = json.loads((killed / "probe.json").read_text())
     assert ours == json.loads((tmp_path / "probe.json").read_text())
 
+    data.append("--warmup_epochs=0")
     finetune.main([f"--workdir={killed}", f"--out={killed}/tuned", *data])
     finetune.main([f"--workdir={local}", f"--out={tmp_path}/tuned", *data])
     ours, theirs = (esvit_jax.load(f"{folder}/tuned") for folder in (killed, tmp_path))

@@ -292,7 +292,13 @@ def network(tmp_path_factory) -> Path:
 
 
 PROBE = ("--blocks=1,2", "--learning_rates=0.1,1", "--epochs=2", "--train_split=train[:80]")
-TUNE = ("--epochs=2", "--train_split=train[:80]", "--learning_rate=0.05", "--batch_size=20")
+TUNE = (
+    "--epochs=2",
+    "--warmup_epochs=0",
+    "--train_split=train[:80]",
+    "--learning_rate=0.05",
+    "--batch_size=20",
+)
 
 
 @pytest.mark.parametrize("command", ["linear", "finetune"])
