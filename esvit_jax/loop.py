@@ -25,6 +25,7 @@ from esvit_jax.evaluate.result import Result
 from esvit_jax.interop.initialize import init_from
 from esvit_jax.lock import Lock
 from esvit_jax.recipe import Recipe, build
+from esvit_jax.runlog.alive import say
 from esvit_jax.runlog.collapse import effective_rank, feature_std
 from esvit_jax.runlog.log import RunLog
 from esvit_jax.runlog.profile import StepProfiler
@@ -230,13 +231,10 @@ def prepare(
 
     processes.check_same(processes.facts(path, config, numbers))
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     size = preflight.measure_size(config, numbers, recipe)
     disk = preflight.measure_disk(config, numbers, size, path)
     for line in preflight.describe(config, numbers, size, disk):
-        say(line)
+        say(console, line)
     preflight.check_memory(config, size)
     preflight.check_disk(config, disk)
     lock = Lock(path, config.lock_seconds, enabled=jax.process_index() == 0)
@@ -254,9 +252,9 @@ def prepare(
         lock.close()
         raise
     step = checkpoints.latest_step()
-    say(f"workdir {path} ({'new' if step is None else f'from step {step}'})")
+    say(console, f"workdir {path} ({'new' if step is None else f'from step {step}'})")
     if step == numbers.total_steps:
-        say("it has taken all its steps; there is nothing left to train")
+        say(console, "it has taken all its steps; there is nothing left to train")
     return Run(config, path, source, numbers, recipe, online, lock, checkpoints, size)
 
 

@@ -5,13 +5,14 @@ import os
 import tempfile
 
 # Before jax is imported. Compilation is most of what tests take: LLVM may do without its
-# expensive passes. Four devices, so that layouts can be compared. Processes that tests start
-# inherit the cache, and compile what was compiled before only once.
-QUICK_COMPILE = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
-# On a busy machine one of the four may come late to a collective; after 40 s XLA would abort.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-FLAGS = f"{QUICK_COMPILE} {PATIENT}"
-os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=4"
+# expensive passes. On a busy machine a device may come late to a collective: XLA would abort after
+# 40 s. Four devices, so that layouts can be compared. Processes that tests start inherit the cache,
+# and compile what was compiled before only once.
+QUICK_COMPILE = (
+    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Mixed dtypes are an error: what is promoted is promoted in words.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

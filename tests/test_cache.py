@@ -8,7 +8,8 @@ from PIL import Image
 from test_knn_command import save_random
 
 from esvit_jax import checkpoint
-from esvit_jax.data.sources import IndexedSource, open_source, read_images
+from esvit_jax.data.look import read_images
+from esvit_jax.data.sources import IndexedSource, open_source
 from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import cache
 from esvit_jax.evaluate.blocks import in_memory

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from replay_golden import AnalysisReplay
+from replay_analysis import AnalysisReplay
 from tiny import tiny_config
 
 from esvit_jax.evaluate.correspondence import (

@@ -66,21 +66,6 @@ def attended_from(
     return _on_map(np.asarray(attention)[window, :, position], tokens[window], shape)
 
 
-def attended_to(
-    attention: Float[Array | np.ndarray, "m heads n n"],
-    tokens: Int[np.ndarray, "m n"],
-    shape: tuple[int, int],
-) -> Float[np.ndarray, "heads h w"]:
-    """How much each token of a map is attended to, on average by the tokens of its window.
-
-    In the mean over the map of a window without padding this is 1 / n.
-    """
-    found = np.zeros((attention.shape[1], *shape), np.float32)
-    for window, there in zip(np.asarray(attention), tokens, strict=True):
-        found += _on_map(window[:, there >= 0].mean(axis=1), there, shape)
-    return found
-
-
 def _on_map(
     values: Float[np.ndarray, "heads n"], there: Int[np.ndarray, " n"], shape: tuple[int, int]
 ) -> Float[np.ndarray, "heads h w"]:

@@ -246,10 +246,13 @@ def _finish(axes: "Axes", label: str) -> None:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def smoothing(picture: np.ndarray) -> str:
+    """The pixels of a tiny picture are what there is to see; a large one is better smoothed."""
+    return "nearest" if max(picture.shape[:2]) <= 64 else "auto"
+
+
 def _show(axes: "Axes", picture: np.ndarray, title: str, color: str = BLACK) -> None:
-    # The pixels of a tiny picture are what there is to see; a large one is better smoothed.
-    interpolation = "nearest" if max(picture.shape[:2]) <= 64 else "auto"
-    axes.imshow(picture, interpolation=interpolation)
+    axes.imshow(picture, interpolation=smoothing(picture))
     height, width = picture.shape[:2]
     axes.set_title(f"{title}  ({width} × {height})", fontsize=8, color=color)
     axes.set_axis_off()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, write_figure
+from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, smoothing, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,8 +90,8 @@ def _draw_pair(axes: "Axes", pair: MatchedPair) -> None:
     axes.set_title(pair.title, fontsize=9, parse_math=False)
     offsets = (0.0, 1 + gap)
     for picture, left, height in zip((pair.first, pair.second), offsets, heights, strict=True):
-        smoothing = "nearest" if max(picture.shape[:2]) <= 64 else "auto"
-        axes.imshow(picture, extent=(left, left + 1, height, 0), interpolation=smoothing)
+        extent = (left, left + 1, height, 0)
+        axes.imshow(picture, extent=extent, interpolation=smoothing(picture))
 
     def place(cell: int | np.integer, which: int) -> tuple[float, float]:
         height, width = pair.shapes[which]
@@ -164,7 +164,7 @@ def attention_figure(
     top = 0
     for row, count in zip(rows, lines, strict=True):
         plain = grid[top, 0]
-        plain.imshow(row.picture, interpolation=_smoothing(row.picture))
+        plain.imshow(row.picture, interpolation=smoothing(row.picture))
         plain.set_title(row.title, fontsize=8)
         _mark(plain, row)
         for i, head in enumerate(np.argsort(-row.entropy, kind="stable")):
@@ -172,10 +172,6 @@ def attention_figure(
             _draw_attended(axes, row, int(head))
         top += count
     write_figure(figure, out_path)
-
-
-def _smoothing(picture: Picture) -> str:
-    return "nearest" if max(picture.shape[:2]) <= 64 else "auto"
 
 
 def _draw_attended(axes: "Axes", row: AttendedPicture, head: int) -> None:
@@ -186,7 +182,7 @@ def _draw_attended(axes: "Axes", row: AttendedPicture, head: int) -> None:
     cell = -(-height // weights.shape[0]), -(-width // weights.shape[1])
     heat = colormaps["inferno"](np.kron(weights, np.ones(cell))[:height, :width])[..., :3]
     gray = row.picture.mean(-1, keepdims=True)
-    axes.imshow(0.45 * gray + 0.55 * heat, interpolation=_smoothing(row.picture))
+    axes.imshow(0.45 * gray + 0.55 * heat, interpolation=smoothing(row.picture))
     axes.set_title(f"head {head}  {row.entropy[head]:.1f} bits", fontsize=7)
     _outline(axes, row.kept[head], (height, width))
     _mark(axes, row)
@@ -280,7 +276,7 @@ def components_figure(
     for axes, title in zip(grid[0], ("image", *titles), strict=True):
         axes.set_title(title, fontsize=9)
     for i, picture in enumerate(pictures):
-        grid[i, 0].imshow(picture, interpolation=_smoothing(picture))
+        grid[i, 0].imshow(picture, interpolation=smoothing(picture))
         for axes, of_map in zip(grid[i, 1:], colors, strict=True):
             axes.imshow(of_map[i], interpolation="nearest")
     for axes in grid.flat:
@@ -323,7 +319,7 @@ def neighbours_figure(rows: Sequence[Neighbours], out_path: str | os.PathLike[st
 
 
 def _picture(axes: "Axes", picture: Picture, title: str, frame: str | None) -> None:
-    axes.imshow(picture, interpolation=_smoothing(picture))
+    axes.imshow(picture, interpolation=smoothing(picture))
     axes.set_title(title, fontsize=7, color=frame or "black", parse_math=False)
     if frame:
         axes.set_axis_on()

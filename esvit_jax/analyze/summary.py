@@ -23,6 +23,7 @@ from esvit_jax.evaluate.result import (
     results_of_lines,
     value_title,
 )
+from esvit_jax.runlog.alive import say
 from esvit_jax.runlog.writer import read_metrics
 
 
@@ -38,16 +39,13 @@ def summarize(config: ConfigDict, workdir: str | os.PathLike[str], console: Cons
     figures = epath.Path(workdir) / "figures"
     figures.mkdir(exist_ok=True)
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     if any("loss" in line for line in lines):
         loss_figure(metrics, figures / "loss.png")
-        say(f"the loss: {figures / 'loss.png'}")
+        say(console, f"the loss: {figures / 'loss.png'}")
     else:
-        say(f"no loss was logged yet: config.log_every_steps is {config.log_every_steps}")
+        say(console, f"no loss was logged yet: config.log_every_steps is {config.log_every_steps}")
     draw_views(config, figures / "views.png")
-    say(f"the views of one image: {figures / 'views.png'}")
+    say(console, f"the views of one image: {figures / 'views.png'}")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:

@@ -177,17 +177,35 @@ def open_split(arguments: argparse.Namespace, loaded: "LoadedModel") -> "Source"
     """
     from esvit_jax.data.sources import open_source
 
-    data = loaded.config.data
+    default = "train" if arguments.data else None
+    place, names = data_place(arguments, loaded.config, "split", "test_split", default)
+    with renamed(**names):
+        return open_source(*place)
+
+
+def data_place(
+    arguments: argparse.Namespace,
+    config: "ConfigDict",
+    flag: str,
+    field: str,
+    default: str | None = None,
+) -> tuple[tuple[str, str, str | None], dict[str, str]]:
+    """What `open_source` takes of the data that flags name, and what users call each of it.
+
+    Args:
+      arguments: with `data`, `data_dir` and `flag`.
+      config: of the run, which fills in.
+      flag, field: of the split, in `arguments` and in `config.data`.
+      default: split where there is no such flag; None is the config's.
+    """
+    data, split = config.data, getattr(arguments, flag) or default
     names = {
         "name": "--data" if arguments.data else "config.data.name",
-        "split": "--split" if arguments.split or arguments.data else "config.data.test_split",
+        "split": f"--{flag}" if split else f"config.data.{field}",
         "data_dir": "--data_dir" if arguments.data_dir else "config.data.data_dir",
     }
-    split = arguments.split or ("train" if arguments.data else data.test_split)
-    with renamed(**names):
-        return open_source(
-            arguments.data or data.name, split, arguments.data_dir or data.data_dir or None
-        )
+    directory = arguments.data_dir or data.data_dir or None
+    return (arguments.data or data.name, split or data[field], directory), names
 
 
 def add_key(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
     from esvit_jax.analyze.attention import Attention
     from esvit_jax.checkpoint import load_model
-    from esvit_jax.runlog.alive import signs_of_life
+    from esvit_jax.runlog.alive import say, signs_of_life
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
@@ -96,8 +96,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(report))
     else:
         console.print(_table(heads))
-    console.print(f"drawn in {folder}: {', '.join(files)}", markup=False, highlight=False,
-                  soft_wrap=True)  # fmt: skip
+    say(console, f"drawn in {folder}: {', '.join(files)}")
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -148,7 +147,7 @@ def _images(loaded: "LoadedModel", arguments: Any) -> "tuple[list[str], jax.Arra
     import jax.numpy as jnp
 
     from esvit_jax.analyze.pictures import short_name
-    from esvit_jax.data.loader import first_images
+    from esvit_jax.data.look import first_images
     from esvit_jax.evaluate.features import evaluation_images
     from esvit_jax.interop.load import preprocessor
 

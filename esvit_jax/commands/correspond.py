@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from esvit_jax.checkpoint import load_model
+    from esvit_jax.runlog.alive import say
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
         words = _draw_files(loaded[arguments.workdir], arguments, folder)
     else:
         words = _evaluate(loaded, arguments, folder, console)
-    console.print(words, markup=False, highlight=False, soft_wrap=True)
+    say(console, words)
 
 
 def _evaluate(
@@ -143,7 +144,7 @@ def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder:
     """Draws the first images; whether there are any that can be read."""
     from esvit_jax.analyze.matches import mirrored_matches
     from esvit_jax.analyze.pictures import matches_figure, short_name
-    from esvit_jax.data.loader import first_images
+    from esvit_jax.data.look import first_images
 
     data = loaded.config.data
     ids, canvases = first_images(

@@ -1,7 +1,6 @@
 """`esvit dense`: a linear layer on region features, for masks or depths."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -10,18 +9,15 @@ from esvit_jax.commands.arguments import (
     add_json,
     add_key,
     add_network,
+    data_place,
     positive,
-    quiet_libraries,
     several,
 )
 from esvit_jax.commands.labelled import (
     add_report,
     add_splits,
     describe_splits,
-    load_network,
-    report_file,
-    say_splits,
-    write_report,
+    open_evaluation,
 )
 from esvit_jax.errors import renamed
 
@@ -76,15 +72,11 @@ def mask_number(text: str) -> int:
 
 def run(arguments: Any) -> None:
     """Evaluates."""
-    from rich.console import Console
-
     from esvit_jax.evaluate.dense import LEARNING_RATES, dense_probe, dense_split, dense_table
     from esvit_jax.runlog.alive import signs_of_life
 
-    quiet_libraries()
-    console = Console(stderr=arguments.json)
-    out = report_file(arguments, FILE)
-    loaded = load_network(arguments, out, first=True)
+    evaluation = open_evaluation(arguments, FILE)
+    loaded, console = evaluation.loaded, evaluation.console
     data = open_targets(arguments, loaded)
     with renamed(num_classes="--classes"):
         train, test = (
@@ -108,13 +100,7 @@ def run(arguments: Any) -> None:
         "held_out_images": probe.images[1], "sweep": sweep,
         "picked": {"learning_rate": probe.learning_rate}, **probe.result.values,
     }  # fmt: skip
-    write_report(out, report)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        console.print(dense_table(probe))
-        console.print(f"test: {probe.result}", markup=False, highlight=False, soft_wrap=True)
-    say_splits(console, report, out, FILE)
+    evaluation.finish(report, dense_table(probe), f"test: {probe.result}")
 
 
 def open_targets(arguments: Any, loaded: "LoadedModel") -> list["DenseTargets"]:
@@ -125,21 +111,9 @@ def open_targets(arguments: Any, loaded: "LoadedModel") -> list["DenseTargets"]:
     """
     from esvit_jax.data.dense import DenseTargets
 
-    data = loaded.config.data
     opened = []
     for field in ("train_split", "test_split"):
-        split = getattr(arguments, field)
-        names = {
-            "name": "--data" if arguments.data else "config.data.name",
-            "split": f"--{field}" if split else f"config.data.{field}",
-            "data_dir": "--data_dir" if arguments.data_dir else "config.data.data_dir",
-            "key": "--target",
-        }
-        with renamed(**names):
-            opened.append(
-                DenseTargets(
-                    arguments.data or data.name, split or data[field],
-                    arguments.data_dir or data.data_dir or None, arguments.target,
-                )
-            )  # fmt: skip
+        place, names = data_place(arguments, loaded.config, field, field)
+        with renamed(key="--target", **names):
+            opened.append(DenseTargets(*place, arguments.target))
     return opened

@@ -1,6 +1,5 @@
 """`esvit fewshot`: probes on a few images a class, or a share of all labels."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -12,7 +11,6 @@ from esvit_jax.commands.arguments import (
     add_processes,
     positive,
     processes,
-    quiet_libraries,
     several,
 )
 from esvit_jax.commands.labelled import (
@@ -20,11 +18,8 @@ from esvit_jax.commands.labelled import (
     add_splits,
     describe_splits,
     features_folder,
-    load_network,
+    open_evaluation,
     open_splits,
-    report_file,
-    say_splits,
-    write_report,
 )
 from esvit_jax.errors import UserError
 
@@ -73,19 +68,13 @@ def main(argv: list[str]) -> None:
 
 def run(arguments: Any) -> None:
     """Evaluates; of several processes, one writes and speaks."""
-    import jax
-    from rich.console import Console
-
     from esvit_jax.evaluate.blocks import targets_of
     from esvit_jax.evaluate.cache import labelled_blocks
     from esvit_jax.evaluate.fewshot import few_shot, few_shot_result, few_shot_table
     from esvit_jax.runlog.alive import signs_of_life
 
-    quiet_libraries()
-    first = jax.process_index() == 0
-    console = Console(stderr=arguments.json, quiet=not first)
-    out = report_file(arguments, FILE)
-    loaded = load_network(arguments, out, first)
+    evaluation = open_evaluation(arguments, FILE)
+    loaded, console = evaluation.loaded, evaluation.console
     sources = open_splits(arguments, loaded.config, "a probe")
     num_classes = sources[0].num_classes
     if num_classes < 2:
@@ -101,8 +90,6 @@ def run(arguments: Any) -> None:
             train, test, num_classes, amounts,
             seeds=range(arguments.seeds), progress=doing.append,
         )  # fmt: skip
-    if not first:
-        return
     head = describe_splits(loaded, arguments.key, sources, (len(train), len(test)))
     result = few_shot_result(found, loaded.step)
     amounts_found = [
@@ -110,12 +97,7 @@ def run(arguments: Any) -> None:
         for one in found
     ]
     report = head | {"seeds": arguments.seeds, "amounts": amounts_found, **result.values}
-    write_report(out, report)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        console.print(few_shot_table(found))
-    say_splits(console, report, out, FILE)
+    evaluation.finish(report, few_shot_table(found))
 
 
 def amounts_of(
@@ -127,6 +109,7 @@ def amounts_of(
       UserError: a class has fewer images than the shots that a flag asks for.
     """
     from esvit_jax.evaluate.fewshot import PERCENTS, SHOTS, Labels, too_few
+    from esvit_jax.runlog.alive import say
 
     given = arguments.shots or arguments.percents
     shots, percents = arguments.shots or (), arguments.percents or ()
@@ -138,8 +121,7 @@ def amounts_of(
         if why and given:
             raise UserError(why, argument="--shots", value=",".join(map(str, shots)))
         if why:
-            line = f"{count} shots are left out: {why}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{count} shots are left out: {why}")
         else:
             amounts.append(Labels(shots=count))
     return amounts + [Labels(percent=percent) for percent in percents]

@@ -89,6 +89,7 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
     from esvit_jax.config.fields import set_field
     from esvit_jax.evaluate.finetune import finetune
     from esvit_jax.evaluate.tuning import Tuning
+    from esvit_jax.runlog.alive import say
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
@@ -120,7 +121,5 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
         print(
             json.dumps({"workdir": found.workdir, "step": found.step} | dict(found.result.values))
         )
-    console.print(
-        f"{found.result}\nthe backbone and classifier.npz are in {found.workdir}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, str(found.result))
+    say(console, f"the backbone and classifier.npz are in {found.workdir}")

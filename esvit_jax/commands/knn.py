@@ -1,6 +1,5 @@
 """`esvit knn`: classify by nearest neighbours in feature space."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -12,7 +11,6 @@ from esvit_jax.commands.arguments import (
     add_processes,
     positive,
     processes,
-    quiet_libraries,
     several,
 )
 from esvit_jax.commands.labelled import (
@@ -20,11 +18,8 @@ from esvit_jax.commands.labelled import (
     add_splits,
     describe_splits,
     features_folder,
-    load_network,
+    open_evaluation,
     open_splits,
-    report_file,
-    say_splits,
-    write_report,
 )
 from esvit_jax.errors import renamed
 
@@ -63,28 +58,15 @@ def main(argv: list[str]) -> None:
 
 def run(arguments: Any) -> None:
     """Evaluates; of several processes, one writes and speaks."""
-    import jax
-    from rich.console import Console
-
     from esvit_jax.evaluate.knn import knn_table
 
-    quiet_libraries()
-    first = jax.process_index() == 0
-    console = Console(stderr=arguments.json, quiet=not first)
-    out = report_file(arguments, FILE)
-    loaded = load_network(arguments, out, first)
+    evaluation = open_evaluation(arguments, FILE)
+    loaded = evaluation.loaded
     sources = open_splits(arguments, loaded.config, "k-NN")
-    values, images = evaluate(arguments, loaded, sources, console)
+    values, images = evaluate(arguments, loaded, sources, evaluation.console)
 
     report = describe_splits(loaded, arguments.key, sources, images) | values
-    if not first:
-        return
-    write_report(out, report)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        console.print(knn_table(values))
-    say_splits(console, report, out, FILE)
+    evaluation.finish(report, knn_table(values))
 
 
 def evaluate(

@@ -3,14 +3,22 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from esvit_jax.commands.arguments import add_data_dir, check_writable, path
+from esvit_jax.commands.arguments import (
+    add_data_dir,
+    check_writable,
+    data_place,
+    path,
+    quiet_libraries,
+    write_json,
+)
 from esvit_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from esvit_jax.checkpoint import LoadedModel
     from esvit_jax.config import ConfigDict
@@ -34,39 +42,88 @@ def add_report(parser: argparse.ArgumentParser, name: str) -> None:
     )  # fmt: skip
 
 
-def report_file(arguments: Any, name: str) -> str | None:
-    """Where the numbers go: --out, or `name` in the workdir if they are the run's own."""
-    own = not any(
-        (arguments.key, arguments.data, arguments.train_split, arguments.test_split,
-         arguments.data_dir)
-    )  # fmt: skip
-    return arguments.out or (os.path.join(arguments.workdir, name) if own else None)
-
-
 def features_folder(arguments: Any) -> str:
     """Where features of splits are kept for the next command that wants them."""
     return os.path.join(arguments.workdir, "features")
 
 
-def load_network(arguments: Any, out: str | None, first: bool) -> "LoadedModel":
-    """The network that the flags of `add_network` name.
+class Evaluation(NamedTuple):
+    """A command that evaluates a network on two splits with labels, and reports one table.
+
+    Attributes:
+      arguments: of the command.
+      file: of the report, in the workdir if it is the run's own.
+      first: whether this process writes and speaks.
+      console: to report to, quiet in all other processes.
+      out: where the report goes, if anywhere.
+      loaded: the network.
+    """
+
+    arguments: Any
+    file: str
+    first: bool
+    console: "Console"
+    out: str | None
+    loaded: "LoadedModel"
+
+    def finish(self, report: Mapping[str, Any], table: "Table", *lines: str) -> None:
+        """Writes the report, and prints it as JSON or as a table with some lines below it."""
+        from esvit_jax.runlog.alive import say
+
+        if not self.first:
+            return
+        if self.out:
+            write_json(self.out, report)
+        if self.arguments.json:
+            print(json.dumps(report))
+        else:
+            self.console.print(table)
+            for line in lines:
+                say(self.console, line)
+        for line in self._about(report):
+            say(self.console, line)
+
+    def _about(self, report: Mapping[str, Any]) -> Iterator[str]:
+        """What the report is of, and where it is."""
+        yield (
+            f"{report['train_images']} training and {report['test_images']} test images of "
+            f"{report['data']}, {report['key']} at step {report['step']}"
+        )
+        if unreadable := report.get("train_unreadable", 0) + report["test_unreadable"]:
+            yield f"{unreadable} images could not be read and do not count"
+        if self.out:
+            yield f"written to {self.out}"
+        else:
+            yield f"not written: {self.file} is for the run's own data and network; give --out=FILE"
+
+
+def open_evaluation(arguments: Any, file: str) -> Evaluation:
+    """The network that the flags of `add_network` name, and where the report will go.
 
     Args:
-      arguments: also with the --out of `add_report`.
-      out: file to write later, which is tried first.
-      first: whether this process will write it.
+      arguments: also with the flags of `add_key`, `add_splits`, `add_report` and `add_json`.
+      file: of the report, in the workdir if it is the run's own.
 
     Raises:
-      UserError: there is no such network, or `out` cannot be written.
+      UserError: there is no such network, or the report cannot be written.
     """
+    import jax
+    from rich.console import Console
+
     from esvit_jax.checkpoint import load_model
 
+    quiet_libraries()
+    first = jax.process_index() == 0
+    named = (arguments.key, arguments.data, arguments.train_split, arguments.test_split,
+             arguments.data_dir)  # fmt: skip
+    out = arguments.out or (None if any(named) else os.path.join(arguments.workdir, file))
     if arguments.out and first:
         check_writable(arguments.out, "--out")
     loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
     if out and first and not arguments.out:
         check_writable(out, "--out")
-    return loaded
+    console = Console(stderr=arguments.json, quiet=not first)
+    return Evaluation(arguments, file, first, console, out, loaded)
 
 
 def open_splits(arguments: Any, config: "ConfigDict", what: str) -> tuple["Source", "Source"]:
@@ -82,20 +139,12 @@ def open_splits(arguments: Any, config: "ConfigDict", what: str) -> tuple["Sourc
     """
     from esvit_jax.data.sources import open_source
 
-    data = config.data
-    name = arguments.data or data.name
+    name = arguments.data or config.data.name
     sources = []
     for field in ("train_split", "test_split"):
-        split = getattr(arguments, field)
-        names = {
-            "name": "--data" if arguments.data else "config.data.name",
-            "split": f"--{field}" if split else f"config.data.{field}",
-            "data_dir": "--data_dir" if arguments.data_dir else "config.data.data_dir",
-        }
+        place, names = data_place(arguments, config, field, field)
         with renamed(**names):
-            source = open_source(
-                name, split or data[field], arguments.data_dir or data.data_dir or None
-            )
+            source = open_source(*place)
         if not source.num_classes:
             raise UserError(
                 f"{source.split} has no labels; {what} needs them",
@@ -130,41 +179,3 @@ def describe_splits(
         "train_unreadable": len(train) - images[0],
         "test_unreadable": len(test) - images[1],
     }
-
-
-def write_report(out: str | None, report: Mapping[str, Any]) -> None:
-    """Writes the numbers to a file, local or in a bucket, if there is one for them."""
-    from etils import epath
-
-    from esvit_jax.buckets import reaching
-
-    if out:
-        with reaching(out):
-            epath.Path(out).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def say_splits(
-    console: "Console", report: Mapping[str, Any], out: str | None, default: str
-) -> None:
-    """Says what a report is of, and where it is.
-
-    Args:
-      console: to print to.
-      report: see `describe_splits`.
-      out: the file it was written to, if any.
-      default: the file that the run's own numbers are written to.
-    """
-    lines = [
-        f"{report['train_images']} training and {report['test_images']} test images of "
-        f"{report['data']}, {report['key']} at step {report['step']}"
-    ]
-    if unreadable := report.get("train_unreadable", 0) + report["test_unreadable"]:
-        lines.append(f"{unreadable} images could not be read and do not count")
-    if out:
-        lines.append(f"written to {out}")
-    else:
-        lines.append(
-            f"not written: {default} is for the run's own data and network; give --out=FILE"
-        )
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,5 @@
 """`esvit linear`: train linear classifiers on a frozen backbone."""
 
-import json
 import os
 from typing import Any
 
@@ -14,18 +13,15 @@ from esvit_jax.commands.arguments import (
     number,
     positive,
     processes,
-    quiet_libraries,
+    several,
 )
 from esvit_jax.commands.labelled import (
     add_report,
     add_splits,
     describe_splits,
     features_folder,
-    load_network,
+    open_evaluation,
     open_splits,
-    report_file,
-    say_splits,
-    write_report,
 )
 from esvit_jax.errors import renamed
 
@@ -48,11 +44,11 @@ def main(argv: list[str]) -> None:
         help="images a step, over all devices (default: 1024, or less if the data are less)",
     )  # fmt: skip
     parser.add_argument(
-        "--learning_rates", type=numbers, metavar="X,…",
+        "--learning_rates", type=several(number), metavar="X,…",
         help="that are tried, for 256 images a step (default: 13, from 0.0003 to 10)",
     )  # fmt: skip
     parser.add_argument(
-        "--blocks", type=whole_numbers, metavar="N,…",
+        "--blocks", type=several(positive), metavar="N,…",
         help="last blocks whose mean maps a classifier sees (default: 1,4)",
     )  # fmt: skip
     parser.add_argument(
@@ -70,17 +66,11 @@ def main(argv: list[str]) -> None:
 
 def run(arguments: Any) -> None:
     """Evaluates; of several processes, one writes and speaks."""
-    import jax
-    from rich.console import Console
-
-    from esvit_jax.evaluate.linear import linear_probe, linear_table, say
+    from esvit_jax.evaluate.linear import linear_probe, linear_table
     from esvit_jax.evaluate.sweep import BLOCKS, LEARNING_RATES, Sweep
 
-    quiet_libraries()
-    first = jax.process_index() == 0
-    console = Console(stderr=arguments.json, quiet=not first)
-    out = report_file(arguments, FILE)
-    loaded = load_network(arguments, out, first)
+    evaluation = open_evaluation(arguments, FILE)
+    loaded = evaluation.loaded
     sources = open_splits(arguments, loaded.config, "a linear probe")
     sweep = Sweep(arguments.blocks or BLOCKS, arguments.learning_rates or LEARNING_RATES)
     flags = {name: f"--{name}" for name in ("blocks", "learning_rates", "epochs", "batch_size")}
@@ -88,61 +78,29 @@ def run(arguments: Any) -> None:
         probe = linear_probe(
             loaded, *sources, key=arguments.key, sweep=sweep, epochs=arguments.epochs,
             batch_size=arguments.batch_size, keep_in=os.path.join(arguments.workdir, "linear"),
-            console=console,
+            console=evaluation.console,
         )  # fmt: skip
 
     trained, held_out, tested = probe.images
     report = describe_splits(loaded, arguments.key, sources, (trained + held_out, tested))
     del report["train_unreadable"]  # the log names them, and others took their places
     report |= {"epochs": arguments.epochs} | probe.json()
-    if not first:
-        return
-    write_report(out, report)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        console.print(linear_table(probe))
-        say(console, f"picked: {probe.picked}")
-        say(console, f"test: {probe.result}")
+    lines = [f"picked: {probe.picked}", f"test: {probe.result}"]
     if probe.picked.learning_rate in (min(sweep.learning_rates), max(sweep.learning_rates)):
-        say(console, "that is at the end of the --learning_rates tried; others may do better")
-    say_splits(console, report, out, FILE)
+        lines.append("that is at the end of the --learning_rates tried; others may do better")
+    evaluation.finish(report, linear_table(probe), *lines)
 
 
 def run_fast(arguments: Any) -> None:
     """Evaluates as --fast asks; of several processes, one writes and speaks."""
-    import jax
-    from rich.console import Console
-
     from esvit_jax.evaluate.fast import fast_linear, fast_table
-    from esvit_jax.evaluate.linear import say
 
-    quiet_libraries()
-    first = jax.process_index() == 0
-    console = Console(stderr=arguments.json, quiet=not first)
-    out = report_file(arguments, FAST_FILE)
-    loaded = load_network(arguments, out, first)
+    evaluation = open_evaluation(arguments, FAST_FILE)
+    loaded = evaluation.loaded
     sources = open_splits(arguments, loaded.config, "a linear probe")
     found = fast_linear(
-        loaded, *sources, key=arguments.key, keep=features_folder(arguments), console=console
-    )
+        loaded, *sources, key=arguments.key, keep=features_folder(arguments),
+        console=evaluation.console,
+    )  # fmt: skip
     report = describe_splits(loaded, arguments.key, sources, found.images) | found.json()
-    if not first:
-        return
-    write_report(out, report)
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        console.print(fast_table(found))
-        say(console, f"test: {found.result}")
-    say_splits(console, report, out, FAST_FILE)
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers in a flag, with commas between them."""
-    return tuple(number(part) for part in text.split(","))
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 in a flag, with commas between them."""
-    return tuple(positive(part) for part in text.split(","))
+    evaluation.finish(report, fast_table(found), f"test: {found.result}")

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
 
     from esvit_jax.analyze.neighbours import map_images
     from esvit_jax.analyze.pictures import map_figure
-    from esvit_jax.runlog.alive import signs_of_life
+    from esvit_jax.runlog.alive import say, signs_of_life
 
     with (
         signs_of_life(lambda: f"{arguments.method} of {len(kept.labels)} images", console),
@@ -33,4 +33,4 @@ def main(argv: list[str]) -> None:
     labels = kept.labels if source.num_classes else None
     title = f"{source.name} {source.split}, {arguments.method} of the view features"
     map_figure(points, labels, source.class_names, title, file)
-    console.print(f"{len(points)} images: {file}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"{len(points)} images: {file}")

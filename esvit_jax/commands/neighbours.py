@@ -36,14 +36,15 @@ def main(argv: list[str]) -> None:
     rows = _rows(loaded, source, kept, arguments)
 
     from esvit_jax.analyze.pictures import neighbours_figure
+    from esvit_jax.runlog.alive import say
 
     file = os.path.join(folder, "neighbours.png")
     neighbours_figure(rows, file)
-    console.print(
+    say(
+        console,
         f"{len(rows)} images, and those of {len(kept.labels)} in {source.name} {source.split} that "
         f"are most like each: {file}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    )
 
 
 def _rows(
@@ -59,7 +60,7 @@ def _rows(
 
     from esvit_jax.analyze.neighbours import nearest_images
     from esvit_jax.analyze.pictures import Neighbours, short_name, to_picture
-    from esvit_jax.data.sources import read_images
+    from esvit_jax.data.look import read_images
     from esvit_jax.evaluate.features import evaluation_images
     from esvit_jax.interop.load import read_canvases
 

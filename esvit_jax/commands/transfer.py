@@ -16,8 +16,8 @@ from esvit_jax.commands.arguments import (
     path,
     positive,
     quiet_libraries,
+    write_json,
 )
-from esvit_jax.commands.labelled import write_report
 from esvit_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def run(arguments: Any) -> None:
 
     from esvit_jax.checkpoint import load_model
     from esvit_jax.evaluate.transfer import PROTOCOLS, transfer_table, wins
+    from esvit_jax.runlog.alive import say
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
@@ -93,7 +94,7 @@ def run(arguments: Any) -> None:
     if not found[0]:
         raise UserError("no set is left to transfer to; see the lines above")
     report = report_of(arguments, networks[0], found, skipped)
-    write_report(out, report)
+    write_json(out, report)
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -159,6 +160,8 @@ def scores_of(
 
 def skip(name: str, error: UserError, skipped: dict[str, str], console: "Console") -> None:
     """Says why a set is left out."""
+    from esvit_jax.runlog.alive import say
+
     skipped[name] = error.message
     say(console, f"{name} is left out: {error.message}")
 
@@ -184,8 +187,3 @@ def report_of(
     for result in transfer_results(found[0], loaded.step):
         report |= {f"{result.evaluation}/{name}": x for name, x in result.values.items()}
     return report
-
-
-def say(console: "Console", line: str) -> None:
-    """One line, as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
 
 import grain
@@ -364,31 +363,6 @@ def eval_batches(
 
     batches = _eval_batches(source, _map_ahead(example, mine, num_threads), share)
     return _in_time(source, max_wait_seconds)(batches)
-
-
-def first_images(
-    source: Source, count: int, *, canvas_size: int, num_threads: int
-) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The first images of a source that can be read, to be looked at.
-
-    Args:
-      source: what to read, of which no more than four times `count` records are.
-      count: of images.
-      canvas_size: pixels along the side of a canvas.
-      num_threads: threads that decode.
-
-    Returns:
-      Their ids; "canvas" uint8[b, s, s, 3] and "size" int32[b, 2], b ≤ count.
-    """
-    batches = eval_batches(
-        source, batch_size=min(4 * count, len(source)), canvas_size=canvas_size,
-        num_threads=num_threads,
-    )  # fmt: skip
-    with closing(batches):
-        batch = next(batches)
-    readable = np.flatnonzero(batch["mask"])[:count]
-    canvases = {name: batch[name][readable] for name in ("canvas", "size")}
-    return [batch["id"][i] for i in readable], canvases
 
 
 def _itself(record: Record) -> Record:

@@ -269,31 +269,6 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
         return _open_tfds(name, split, tfds_builder(name, data_dir))
 
 
-def read_images(
-    source: Source, ids: Sequence[str] | np.ndarray, numbers: Sequence[int] | np.ndarray
-) -> list[bytes | np.ndarray]:
-    """Some images, encoded as they were stored.
-
-    Args:
-      source: that has them.
-      ids: of all its images that can be read, in order.
-      numbers: of those that are wanted, among `ids`.
-    """
-    if isinstance(source, TFRecordSource):
-        wanted = {str(ids[n]) for n in numbers}
-        found = {
-            record["id"]: record["image"] for record in source.in_order() if record["id"] in wanted
-        }
-        return [found[str(ids[n])] for n in numbers]
-    images = []
-    for n in numbers:
-        index = int(n)  # or later: some before it cannot be read
-        while (record := source[index])["id"] != ids[n]:
-            index += 1
-        images.append(record["image"])
-    return images
-
-
 def _open_tfds(name: str, split: str, builder: _Builder) -> Source:
     info = builder.info
     image_key, label_key = _find_features(name, info.features)

@@ -84,6 +84,7 @@ class NetworkFeatures:
         self.describe = self._extractor.describe
         # "pmap" is where each process has its own replicas, which any mode takes.
         self._params = parallel.replicate(loaded.network(key)["backbone"], "pmap")
+        self._digest = params_sha1(self._params)
 
     def num_batches(self, source: Source) -> int:
         """Of a split."""
@@ -99,7 +100,7 @@ class NetworkFeatures:
         config = self._config
         return {
             "network": self._key,
-            "params_sha1": params_sha1(self._params),
+            "params_sha1": self._digest,
             "step": self._loaded.step,
             "backbone": {name: x for name, x in flatten(config.backbone).items() if x is not None},
             "data": source.name,

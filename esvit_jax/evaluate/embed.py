@@ -5,6 +5,7 @@ memory does not grow with the data and a broken run goes on where it was; the fi
 from them at the end. Of several processes, each computes batches of its own on its own devices.
 """
 
+import functools
 import os
 from typing import Any, NamedTuple, overload
 
@@ -19,7 +20,7 @@ from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.cache import NetworkFeatures
 from esvit_jax.evaluate.parts import WRITERS, Parts
-from esvit_jax.runlog.alive import signs_of_life
+from esvit_jax.runlog.alive import say, signs_of_life
 
 
 class Embedding(NamedTuple):
@@ -218,12 +219,9 @@ def _in_memory(work: NetworkFeatures, source: Source) -> Embedding:
 def _in_file(
     work: NetworkFeatures, source: Source, out: epath.Path, console: Console
 ) -> dict[str, Any]:
-    def report(message: str) -> None:
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-
     about = work.about(source)
     parts = Parts(out, about, work.num_batches(source))
-    work.fill(parts, source, report)
+    work.fill(parts, source, functools.partial(say, console))
     if jax.process_index() == 0:
         try:
             about |= _found(source, parts.count_images())

@@ -42,6 +42,7 @@ from esvit_jax.evaluate.sweep import (
     sweep_optimizer,
 )
 from esvit_jax.models import Backbone
+from esvit_jax.runlog.alive import say
 from esvit_jax.runlog.progress import Progress
 from esvit_jax.runlog.signals import StopSignals
 from esvit_jax.state import ClassifierState
@@ -310,8 +311,3 @@ def linear_table(probe: LinearProbe) -> Table:
     for rate in next(iter(columns.values())):
         table.add_row(f"{rate:g}", *(column[rate] for column in columns.values()))
     return table
-
-
-def say(console: Console, line: str) -> None:
-    """Prints a line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

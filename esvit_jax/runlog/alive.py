@@ -14,6 +14,11 @@ from rich.text import Text
 FIRST_LINE, NEXT_LINE, LIVE = 5.0, 10.0, 0.5
 
 
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is: rich takes nothing in it for its own, and breaks it nowhere."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def signs_of_life(describe: Callable[[], str], console: Console | None = None) -> Iterator[None]:
     """Shows what `describe` says while the block runs, and for how long it has been running.
@@ -35,7 +40,7 @@ def signs_of_life(describe: Callable[[], str], console: Console | None = None) -
         wait = FIRST_LINE
         while not over.wait(wait):
             wait = NEXT_LINE
-            console.print(line(), markup=False, highlight=False, soft_wrap=True)
+            say(console, line())
 
     def refresh(status: Status) -> None:
         with status:

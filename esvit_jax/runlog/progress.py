@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from rich import progress
 from rich.console import Console
 
-from esvit_jax.runlog.alive import signs_of_life
+from esvit_jax.runlog.alive import say, signs_of_life
 
 # Seconds between two changes of a line in place: the devices of a laptop are the cores that draw.
 REDRAW = 0.5
@@ -117,7 +117,7 @@ class Progress:
 
     def print(self, message: str) -> None:
         """Prints a message on lines of its own, above the live line if there is one."""
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, message)
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
