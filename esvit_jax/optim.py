@@ -15,6 +15,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from esvit_jax.models.layers import is_running
+
 Schedule = Callable[[ArrayLike], jax.Array]
 
 
@@ -156,7 +158,8 @@ class TeacherState(NamedTuple):
 def teacher_ema(momentum: Schedule) -> optax.GradientTransformationExtraArgs:
     """Passes updates through and moves the teacher towards the *updated* student.
 
-    teacher <- m teacher + (1 - m) (params + updates), in float32. The last link of a chain.
+    teacher <- m teacher + (1 - m) (params + updates), in float32, but for running statistics,
+    which are a network's own. The last link of a chain.
     """
 
     def init(params):
@@ -166,7 +169,11 @@ def teacher_ema(momentum: Schedule) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, **extra):
         m = momentum(extra["step"])
         student = jax.tree.map(jnp.add, params, updates)
-        teacher = jax.tree.map(lambda t, s: m * t + (1.0 - m) * s, state.params, student)
+        teacher = jax.tree_util.tree_map_with_path(
+            lambda path, t, s: t if is_running(path) else m * t + (1.0 - m) * s,
+            state.params,
+            student,
+        )
         return updates, TeacherState(teacher)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -177,11 +184,21 @@ def teacher_params(opt_state: PyTree) -> PyTree:
     return opt_state[-1].params
 
 
+def with_teacher_params(opt_state: PyTree, params: PyTree) -> PyTree:
+    """The state with other params of the teacher."""
+    return (*opt_state[:-1], TeacherState(params))
+
+
 def param_groups(params: PyTree, norm_last_layer: bool) -> PyTree[str]:
-    """ "prototypes" for the last layers of the heads, "fixed" for norms kept at 1, else "rest"."""
+    """ "prototypes" for the last layers of the heads, "fixed" for what is not learned, else "rest".
+
+    Not learned are norms kept at 1, and running statistics.
+    """
 
     def group(path, _):
         names = [key.key for key in path]
+        if is_running(path):
+            return "fixed"
         if "last_layer" not in names:
             return "rest"
         return "fixed" if norm_last_layer and names[-1] == "weight_g" else "prototypes"

@@ -8,8 +8,8 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from esvit_jax.models.backbone import Leaf
 from esvit_jax.models.esvit import EsViT
+from esvit_jax.models.layers import Leaf
 from esvit_jax.optim import TeacherState, teacher_params
 
 

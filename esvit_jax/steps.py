@@ -16,10 +16,9 @@ from jaxtyping import Array, PyTree
 
 from esvit_jax import losses, prototypes
 from esvit_jax.models.esvit import EsViT
-from esvit_jax.optim import Schedule
+from esvit_jax.models.layers import AXIS, with_statistics
+from esvit_jax.optim import Schedule, teacher_params, with_teacher_params
 from esvit_jax.state import ClassifierState, TrainState
-
-AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ def loss_and_gradients(
     model: EsViT,
     teacher_temp: Array | float,
     options: StepOptions,
-) -> tuple[PyTree, dict[str, Array], dict[str, Array], Array]:
+) -> tuple[PyTree, dict[str, Array], dict[str, Array], tuple[Array, dict[str, PyTree]]]:
     """Teacher, student, loss and gradients on one part of the batch.
 
     Args:
@@ -67,13 +66,14 @@ def loss_and_gradients(
       options: of the step.
 
     Returns:
-      Gradients, scalars, the teacher's mean logits {head: f32[k]}, and its view features f32[b, d].
+      Gradients, scalars, the teacher's mean logits {head: f32[k]}; and its view features f32[b, d]
+      with what the batch norms of "student" and "teacher" have seen.
     """
-    teacher = model.forward(teacher_params, [views["global"]])
+    teacher, teacher_seen = model.forward_training(teacher_params, [views["global"]])
 
     def loss_of(params):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        student = model.forward(params, stacks, drop_keys=drop_keys)
+        student, seen = model.forward_training(params, stacks, drop_keys=drop_keys)
         loss, scalars = losses.esvit_loss(
             student=student,
             teacher=teacher,
@@ -83,16 +83,17 @@ def loss_and_gradients(
             prototype_chunk=options.prototype_chunk,
             dtype=options.dtype,
         )
-        return loss, {"loss": loss} | scalars
+        return loss, ({"loss": loss} | scalars, seen)
 
-    gradients, scalars = jax.grad(loss_of, has_aux=True)(params)
+    gradients, (scalars, student_seen) = jax.grad(loss_of, has_aux=True)(params)
     mean_logits = {
         name: prototypes.mean_logits(
             rearrange(head.vectors[0], "... d -> (...) d"), head.prototypes
         )
         for name, head in teacher.heads.items()
     }
-    return gradients, scalars, mean_logits, teacher.view_features[0][0]
+    seen = {"student": student_seen, "teacher": teacher_seen}
+    return gradients, scalars, mean_logits, (teacher.view_features[0][0], seen)
 
 
 def train_step(
@@ -139,16 +140,19 @@ def train_step(
     parts = jax.tree.map(
         lambda x: rearrange(x, "(a b) ... -> a b ...", a=options.accum_steps), (keys, batch)
     )
-    gradients, scalars, mean_logits, features = mean_over_parts(run, parts)
+    gradients, scalars, mean_logits, (features, seen) = mean_over_parts(run, parts)
 
     # 2. Mean over devices.
     gradients, scalars, mean_logits = jax.lax.pmean((gradients, scalars, mean_logits), AXIS)
+    features = rearrange(features, "a b d -> (a b) d")
     features = jax.lax.all_gather(features, AXIS, tiled=True)
 
-    # 3. Clip, optimiser, then the teacher follows the new student.
+    # 3. Clip, optimiser, then the teacher follows the new student; running statistics.
     scalars["gradient_norm"] = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
-    params = optax.apply_updates(state.params, updates)
+    params = with_statistics(optax.apply_updates(state.params, updates), seen["student"])
+    teacher = with_statistics(teacher_params(opt_state), seen["teacher"])
+    opt_state = with_teacher_params(opt_state, teacher)
 
     # 4. Centers, for the next step's loss.
     centers = {
@@ -229,20 +233,20 @@ def next_state(state: TrainState, new: PyTree, taken: Array) -> TrainState:
 def mean_over_parts(
     run: Callable[[PyTree], tuple[PyTree, ...]], parts: PyTree
 ) -> tuple[PyTree, ...]:
-    """Means of run(part) over the leading axis of `parts`; the last result is concatenated."""
+    """Means of run(part) over the leading axis of `parts`; of the last result, all parts."""
     count = len(jax.tree.leaves(parts)[0])
     first = jax.tree.map(lambda x: x[0], parts)
     if count == 1:
-        return run(first)
+        *results, kept = run(first)
+        return *results, jax.tree.map(lambda x: x[None], kept)
 
     def body(totals, part):
-        *results, features = run(part)
-        return jax.tree.map(jnp.add, totals, results), features
+        *results, kept = run(part)
+        return jax.tree.map(jnp.add, totals, results), kept
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, first))
-    totals, features = jax.lax.scan(body, list(zeros[:-1]), parts)
-    means = jax.tree.map(lambda x: x / count, totals)
-    return *means, rearrange(features, "a b d -> (a b) d")
+    totals, kept = jax.lax.scan(body, list(zeros[:-1]), parts)
+    return *jax.tree.map(lambda x: x / count, totals), kept
 
 
 def feature_step(

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -23,8 +23,10 @@ from einops import rearrange
 from jaxtyping import PyTree
 
 from esvit_jax import optim, parallel, steps
+from esvit_jax.interop.names import family_of
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import EsViT, Swin
+from esvit_jax.models import Backbone, EsViT, ResNet, Swin
+from esvit_jax.models.layers import AXIS
 from esvit_jax.state import TrainState, create_state
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
@@ -38,18 +40,34 @@ def relative_error(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
 
 
+def swin_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a Swin's file."""
+    return {"window_size": config["window_size"], "embed_dim": config["embed_dim"]} | common(config)
+
+
+def resnet_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a ResNet's file."""
+    return {"depths": tuple(config["layers"]), "base_width": config["base_width"]}
+
+
+def common(config: dict[str, Any]) -> dict[str, Any]:
+    """What the transformers' files say in the same words."""
+    return {"depths": tuple(config["depths"]), "num_heads": tuple(config["num_heads"])}
+
+
+# Of each family: a key of a file's config by which it is known, its class, what its fields are.
+BACKBONES: dict[str, tuple[type[Backbone], Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "base_width": (ResNet, resnet_fields),
+    "window_size": (Swin, swin_fields),
+}
+
+
 def build_model(config: dict[str, Any], **fields: Any) -> EsViT:
     """The golden network; `fields` replace those of `EsViT` (dtype)."""
-    backbone = Swin(
-        embed_dim=config["embed_dim"],
-        depths=tuple(config["depths"]),
-        num_heads=tuple(config["num_heads"]),
-        window_size=config["window_size"],
-        image_size=config["img_size"],
-        **fields,
-    )
+    backbone_class, read = next(BACKBONES[key] for key in BACKBONES if key in config)
+    backbone: Any = backbone_class
     return EsViT(
-        backbone,
+        backbone(**read(config), image_size=config["img_size"], **fields),
         num_prototypes=config["out_dim"],
         hidden_dim=config["head_hidden_dim"],
         bottleneck_dim=config["head_bottleneck_dim"],
@@ -145,6 +163,7 @@ class Replay:
         self.config = json.loads(str(self.golden["config"]))
         self.dtype = jnp.dtype(dtype)
         self.model = build_model(self.config, dtype=self.dtype)
+        self.family = family_of(self.model.backbone)
         self.prototype_chunk, self.accum_steps = prototype_chunk, accum_steps
         self.copies = copies
         self.count = len(self.golden["traj/loss"]) if "traj/loss" in self.golden.files else 0
@@ -206,6 +225,14 @@ class Replay:
         count = 2 + self.config["local_crops"]
         return views_batch([self.golden[f"crops/{i}"] for i in range(count)])
 
+    def tensors(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays below a prefix, by the names of our params."""
+        return self.family.weights(self.family.published_names(tensors(self.golden, prefix)))
+
+    def params(self, name: str) -> dict[str, Any]:
+        """Of "student" or "teacher"."""
+        return params_from_state_dict(self.tensors(f"{name}/"))
+
     def error(self, ours: Any, name: str) -> float | None:
         """Relative error to an array of the file; None where it has none."""
         return relative_error(ours, self.golden[name]) if name in self.golden.files else None
@@ -217,8 +244,9 @@ class Replay:
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
         errors = {}
         for name, stack in (("student", stacks), ("teacher", stacks[:1])):
-            params = params_from_state_dict(tensors(golden, f"{name}/"))
-            out = jax.jit(model.apply)({"params": params}, stack)
+            # In training, of which one device is a batch norm's whole axis.
+            forward = jax.vmap(model.forward_training, None, None, axis_size=1, axis_name=AXIS)
+            out, _ = jax.jit(forward)(self.params(name), stack)
 
             def rows(stacks):
                 return np.concatenate(
@@ -243,8 +271,7 @@ class Replay:
     def one_step(self) -> dict[str, float | None]:
         """Errors of losses, centers, gradients, and params after one update."""
         golden = self.golden
-        student = params_from_state_dict(tensors(golden, "student/"))
-        teacher = params_from_state_dict(tensors(golden, "teacher/"))
+        student, teacher = self.params("student"), self.params("teacher")
         centers = {"view": golden["center"][0], "region": golden["center_grid"][0]}
         state = create_state(self.model, self.optimizer, student)
         state = dataclasses.replace(
@@ -260,17 +287,17 @@ class Replay:
             "loss": self.error(scalars["loss"], "loss"),
             "center": self.error(state.centers["view"], "center_after"),
             "center_grid": self.error(state.centers["region"], "center_grid_after"),
-            "max_grad": max_error(gradients, tensors(golden, "grad/")),
-            "max_student_after": max_error(state.params, tensors(golden, "student_after/")),
-            "max_teacher_after": max_error(state.teacher, tensors(golden, "teacher_after/")),
+            "max_grad": max_error(gradients, self.tensors("grad/")),
+            "max_student_after": max_error(state.params, self.tensors("student_after/")),
+            "max_teacher_after": max_error(state.teacher, self.tensors("teacher_after/")),
         }
 
     def features(self) -> dict[str, float | None]:
         """Errors of what the teacher's backbone returns for the first global view."""
         golden, backbone = self.golden, self.model.backbone
-        params = params_from_state_dict(tensors(golden, "teacher/"))["backbone"]
-        out = jax.jit(functools.partial(backbone.apply, outputs=("attention",)))(
-            {"params": params}, normalize(golden["crops/0"])
+        outputs = ("attention",) if backbone.blocks else ()
+        out = jax.jit(functools.partial(backbone.forward, outputs=outputs))(
+            self.params("teacher")["backbone"], normalize(golden["crops/0"])
         )
         attention = [
             relative_error(
@@ -293,21 +320,26 @@ class Replay:
         golden = self.golden
         if not self.count:
             return {"traj_loss": None, "traj_center": None, "max_traj_norm": None}
-        student = params_from_state_dict(tensors(golden, "student/"))
+        student = self.params("student")
         state: TrainState = create_state(self.model, self.optimizer, student)
         losses = []
         for it in range(self.count):
             state, scalars = self.step(state, views_batch(trajectory_views(self.config, it)))
             losses.append(float(scalars["loss"]))
         norms = []
-        for name, params in (("student", state.params), ("teacher", state.teacher)):
-            ours = state_dict_from_params(params)
-            norms += [
-                relative_error(np.linalg.norm(ours[str(parameter)].astype(np.float64)), norm)
-                for parameter, norm in zip(
-                    golden["traj/param_names"], golden[f"traj/{name}_norms"], strict=True
-                )
-            ]
+        for kind in ("param", "buffer"):
+            if f"traj/{kind}_names" not in golden.files:
+                continue
+            names = [str(name) for name in golden[f"traj/{kind}_names"]]
+            for name, params in (("student", state.params), ("teacher", state.teacher)):
+                theirs = golden[f"traj/{name}_{'buffer_' * (kind == 'buffer')}norms"]
+                theirs = {name: np.asarray(x) for name, x in zip(names, theirs, strict=True)}
+                theirs = self.family.published_names(theirs)
+                ours = state_dict_from_params(params)
+                norms += [
+                    relative_error(np.linalg.norm(ours[parameter].astype(np.float64)), norm)
+                    for parameter, norm in theirs.items()
+                ]
         relative = np.abs(np.array(losses) / golden["traj/loss"] - 1)
         centers = np.concatenate([golden["traj/center"][0], golden["traj/center_grid"][0]])
         return {

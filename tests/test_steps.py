@@ -90,7 +90,7 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(taken):
 
 
 def test_mean_over_parts_equals_a_loop():
-    """Means of all results but the last, which is concatenated."""
+    """Means of all results but the last, of which all parts are kept."""
     parts = {"x": jnp.arange(12.0).reshape(3, 4), "k": jnp.arange(3.0)}
 
     def run(part):
@@ -99,9 +99,10 @@ def test_mean_over_parts_equals_a_loop():
     total, other, rows = mean_over_parts(run, parts)
     np.testing.assert_allclose(total, np.arange(12.0).reshape(3, 4).sum(axis=1).mean())
     np.testing.assert_allclose(other["k"], [1.0, 1.0])
-    np.testing.assert_array_equal(rows, np.arange(12.0)[:, None])
+    np.testing.assert_array_equal(rows, np.arange(12.0).reshape(3, 4, 1))
     alone = mean_over_parts(run, jax.tree.map(lambda x: x[:1], parts))
     np.testing.assert_allclose(alone[0], 6.0)
+    np.testing.assert_array_equal(alone[2], rows[:1])
 
 
 def test_feature_step_gathers_all_devices_images():

@@ -18,17 +18,18 @@ from esvit_jax.models.backbone import Backbone, BackboneOutput, BlockInfo
 
 
 def window_tokens(height: int, width: int, block: BlockInfo) -> Int[np.ndarray, "m n"]:
-    """Which token of a map, counted row by row, stands where in its windows; -1 is padding.
+    """Which token of a map, counted row by row, stands where in its windows; -1 is none of it.
 
     Args:
       height, width: of the map, tokens.
       block: its windows.
     """
-    size = block.window_size
-    tokens = np.full((height + -height % size, width + -width % size), -1)
+    h, w = (block.window_size or side for side in (height, width))
+    tokens = np.full((height + -height % h, width + -width % w), -1)
     tokens[:height, :width] = np.arange(height * width).reshape(height, width)
     tokens = np.roll(tokens, (-block.shift, -block.shift), axis=(0, 1))
-    return rearrange(tokens, "(y h) (x w) -> (y x) (h w)", h=size, w=size)
+    windows = rearrange(tokens, "(y h) (x w) -> (y x) (h w)", h=h, w=w)
+    return np.pad(windows, ((0, 0), (block.num_global, 0)), constant_values=-1)
 
 
 def entropy(attention: Float[Array | np.ndarray, "*b n"]) -> Float[Array, "*b"]:
@@ -94,14 +95,14 @@ class HeadsOfBlock(NamedTuple):
 
     Attributes:
       stage: of the block, from 0.
-      window_size: tokens along a side of its windows.
+      window_size: tokens along a side of its windows; None where one is over the whole map.
       shift: of its windows, tokens.
       keys: tokens in a window, of which none is preferred at an entropy of log2(keys).
       entropy: f32[heads], bits, means over images.
     """
 
     stage: int
-    window_size: int
+    window_size: int | None
     shift: int
     keys: int
     entropy: Float[np.ndarray, " heads"]
@@ -145,7 +146,7 @@ class Attention:
         """A line of a table for every block."""
         return [
             HeadsOfBlock(
-                info.stage, info.window_size, info.shift, info.window_size**2,
+                info.stage, info.window_size, info.shift, self.tokens(block).shape[1],
                 self.entropy(block).mean(0),
             )
             for block, info in enumerate(self.blocks)

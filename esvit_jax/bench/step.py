@@ -22,7 +22,7 @@ from esvit_jax.planning.flops import step_flops
 from esvit_jax.planning.measure import batch_shapes
 from esvit_jax.recipe import Recipe, Views, build
 from esvit_jax.state import TrainState, create_state, init_params
-from esvit_jax.steps import loss_and_gradients
+from esvit_jax.steps import AXIS, loss_and_gradients
 
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # rows and columns of the factors
 
@@ -191,14 +191,19 @@ def step_parts(work: Workload) -> StepParts:
     drop_keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(work.batch)[0][0]))
     options, teacher_temp = recipe.options, recipe.schedules["teacher_temp"](state.step)
 
-    @jax.jit
-    def teacher(params, views):
-        return model.forward(params, [views["global"]])
+    # Batch norms ask all devices of the axis, here one.
+    on_one = functools.partial(jax.vmap, in_axes=None, out_axes=None, axis_size=1, axis_name=AXIS)
 
     @jax.jit
+    @on_one
+    def teacher(params, views):
+        return model.forward_training(params, [views["global"]])[0]
+
+    @jax.jit
+    @on_one
     def student(params, views):
         stacks = [views["global"], views["local"]] if len(views["local"]) else [views["global"]]
-        return model.forward(params, stacks, drop_keys=drop_keys)
+        return model.forward_training(params, stacks, drop_keys=drop_keys)[0]
 
     @jax.jit
     @jax.grad
@@ -214,6 +219,7 @@ def step_parts(work: Workload) -> StepParts:
         )[0]
 
     @jax.jit
+    @on_one
     def gradients(params, teacher_params, centers, views):
         return loss_and_gradients(
             params, teacher_params, centers, views, drop_keys,

@@ -232,7 +232,7 @@ def _table(heads: "list[HeadsOfBlock]") -> "Table":
     for i, block in enumerate(heads):
         bits = (block.entropy.mean(), block.entropy.min(), block.entropy.max(), np.log2(block.keys))
         table.add_row(
-            str(i), str(block.stage + 1), str(block.window_size), str(block.shift),
+            str(i), str(block.stage + 1), str(block.window_size or "map"), str(block.shift),
             str(len(block.entropy)), *(f"{x:.2f}" for x in bits),
         )  # fmt: skip
     return table

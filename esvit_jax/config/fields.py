@@ -99,6 +99,8 @@ FIELDS: dict[str, Field] = {
 
     "backbone.name": Field("swin_tiny", "one of esvit_jax.models.PRESETS", text()),
     "backbone.embed_dim": Field(None, "features of the first stage", optional(FEATURES)),
+    "backbone.base_width": Field(
+        None, "features of a ResNet's stem; doubled by every stage", optional(FEATURES)),
     "backbone.depths": Field(None, "blocks of each stage", optional(whole_numbers(1, 1000))),
     "backbone.num_heads": Field(
         None, "attention heads of each stage", optional(whole_numbers(1, 10_000))),
@@ -116,6 +118,8 @@ FIELDS: dict[str, Field] = {
     "head.bottleneck_dim": Field(256, "features compared with the prototypes", FEATURES),
     "head.norm_last_layer": Field(
         False, "whether the prototypes' norms are kept at 1", true_or_false()),
+    "head.batch_norm": Field(
+        False, "whether batch norms follow the hidden layers", true_or_false()),
 
     "views.global_size": Field(224, "pixels along a side of the two global views", PIXELS),
     "views.local_size": Field(96, "pixels along a side of a local view", PIXELS),

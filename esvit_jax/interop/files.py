@@ -15,7 +15,9 @@ from esvit_jax.interop.names.base import Family
 from esvit_jax.interop.names.published import CENTERS, Tensors
 from esvit_jax.models import Backbone
 
-CLASSIFIER = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+CLASSIFIER = (
+    "head.weight", "head.bias", "head.fc.weight", "head.fc.bias", "fc.weight", "fc.bias",
+)  # fmt: skip
 # Entries of a checkpoint that hold tensors which are no part of a network.
 TRAINING = ("optimizer", "lr_scheduler", "fp16_scaler", "scaler", "amp")
 

@@ -3,9 +3,10 @@
 from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo
 from esvit_jax.models.esvit import EsViT, EsViTOutput, HeadOutput
 from esvit_jax.models.presets import PRESETS, create_backbone, create_model
+from esvit_jax.models.resnet import ResNet
 from esvit_jax.models.swin import Swin
 
 __all__ = [
-    "PRESETS", "Backbone", "BackboneOutput", "EsViT", "EsViTOutput", "HeadOutput", "StageInfo",
-    "Swin", "create_backbone", "create_model",
+    "PRESETS", "Backbone", "BackboneOutput", "EsViT", "EsViTOutput", "HeadOutput", "ResNet",
+    "StageInfo", "Swin", "create_backbone", "create_model",
 ]  # fmt: skip

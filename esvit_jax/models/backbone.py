@@ -1,23 +1,17 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, PyTree
 
 from esvit_jax.errors import UserError
+from esvit_jax.models.layers import Leaf
 
 # What a backbone computes only where it is asked for it by name.
 ON_REQUEST = ("attention",)
-
-# A field of a pytree: an array; but jax rebuilds pytrees with shapes, shardings or None in its
-# place, so that only type checkers may hold it to that.
-if TYPE_CHECKING:
-    Leaf = Array
-else:
-    Leaf = Any
 
 
 class StageInfo(NamedTuple):
@@ -37,13 +31,15 @@ class BlockInfo(NamedTuple):
 
     Attributes:
       stage: of the block, from 0.
-      window_size: tokens along a side of its windows.
+      window_size: tokens along a side of its windows; None where one is over the whole map.
       shift: tokens by which the map is rolled up and left before it is cut into windows.
+      num_global: tokens that stand before those of the map in each window.
     """
 
     stage: int
-    window_size: int
-    shift: int
+    window_size: int | None
+    shift: int = 0
+    num_global: int = 0
 
 
 @struct.dataclass
@@ -56,8 +52,9 @@ class BackboneOutput:
       stage_maps: one [b, h_i, w_i, d_i] a stage, finest first, as `Backbone.stages` says; the last
         one is `region_features`. For an image of H x W pixels h_i is H / stride, rounded up.
       block_means: one [b, d_l] a block, the mean of its map (in the last stage after the norm).
-      attention: one [b, windows, heads, n, n] a block (softmax over the last axis, windows in
-        row-major order of the padded and shifted map), or () unless "attention" was asked for.
+      attention: one [b, windows, heads, n, n] for each of `Backbone.blocks` (softmax over the last
+        axis, windows in row-major order of the padded and shifted map), or () unless "attention"
+        was asked for.
     """
 
     view_features: Leaf
@@ -70,8 +67,9 @@ class BackboneOutput:
 class Backbone(nn.Module):
     """The protocol of all backbones; `presets.PRESETS` names them.
 
-    A subclass has as fields what its presets set and, for `models.create_model`, `dtype` (of matrix
-    products) and `remat` (what the backward pass computes again).
+    A subclass has as fields what its presets set, `image_size` (pixels along the images that it is
+    trained on) and, for `models.create_model`, `dtype` (of matrix products) and `remat` (what the
+    backward pass computes again).
     """
 
     @property

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import pack, rearrange, unpack
 from flax import linen as nn
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from esvit_jax.models.backbone import Backbone, Leaf
+from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.heads import ProjectionHead
+from esvit_jax.models.layers import STATISTICS, Leaf
 
 
 @struct.dataclass
@@ -57,6 +58,7 @@ class EsViT(nn.Module):
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     norm_last_layer: bool = False
+    batch_norm: bool = False
     region: bool = True
     dtype: DTypeLike = jnp.float32
 
@@ -66,6 +68,7 @@ class EsViT(nn.Module):
             self.hidden_dim,
             self.bottleneck_dim,
             self.norm_last_layer,
+            self.batch_norm,
             self.dtype,
         )
         self.view_head = ProjectionHead(*head)
@@ -99,13 +102,22 @@ class EsViT(nn.Module):
             heads["region"] = self._head_output(self.region_head, region_features)
         return EsViTOutput(heads, tuple(view_features), tuple(region_features))
 
-    def forward(
+    def forward_training(
         self, params: PyTree, stacks: Sequence[Array], *, drop_keys: Array | None = None
-    ) -> EsViTOutput:
-        """`apply` by params alone; with keys [b] for drop path it is a student's, in training."""
-        out = self.apply({"params": params}, stacks, drop_keys)
+    ) -> tuple[EsViTOutput, PyTree]:
+        """`apply` in training: batch norms, if any, normalise by the batch.
+
+        Args:
+          params: of the network.
+          stacks: see `__call__`.
+          drop_keys: of a student, one an image, for drop path.
+
+        Returns:
+          The outputs, and what batch norms have seen, for `layers.with_statistics`.
+        """
+        out, seen = self.apply({"params": params}, stacks, drop_keys, mutable=[STATISTICS])
         assert isinstance(out, EsViTOutput)
-        return out
+        return out, seen.get(STATISTICS, {})
 
     def _draw(self, keys: Key[Array, " b"], views: int) -> Float[Array, "v b draws"]:
         """All numbers of all views by one call of the generator, which is large when compiled."""
@@ -113,4 +125,10 @@ class EsViT(nn.Module):
         return jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys)
 
     def _head_output(self, head: ProjectionHead, features: Sequence[Array]) -> HeadOutput:
-        return HeadOutput(tuple(head(x) for x in features), head.prototypes())
+        if not self.batch_norm:
+            return HeadOutput(tuple(head(x) for x in features), head.prototypes())
+        # One call, so that a batch norm sees the views of all sizes together.
+        rows, shapes = pack([x.reshape(-1, x.shape[-1]) for x in features], "* d")
+        vectors = unpack(head(rows), shapes, "* bottleneck")
+        vectors = [v.reshape(*x.shape[:-1], -1) for v, x in zip(vectors, features, strict=True)]
+        return HeadOutput(tuple(vectors), head.prototypes())

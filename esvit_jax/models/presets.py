@@ -9,6 +9,7 @@ from esvit_jax.config.fields import ConfigDict  # not of the package, whose chec
 from esvit_jax.errors import UserError
 from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.esvit import EsViT
+from esvit_jax.models.resnet import ResNet
 from esvit_jax.models.swin import Swin
 
 # A name's class and the fields that make it; drop-path rates are the published ones.
@@ -25,6 +26,7 @@ PRESETS: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
     "swin_large": (Swin, dict(
         embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), drop_path_rate=0.2
     )),
+    "resnet50": (ResNet, dict(depths=(3, 4, 6, 3), base_width=64)),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from esvit_jax.models.backbone import (
     check_outputs,
 )
 from esvit_jax.models.layers import (
+    REMAT_POLICIES,
     DropPath,
     Kernel,
     LayerNorm,
@@ -34,11 +35,6 @@ from esvit_jax.models.layers import (
     product,
     uniform_fan_in,
 )
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class SwinBlock(nn.Module):

@@ -70,7 +70,9 @@ def published_content(source: Exportable) -> dict[str, Tensors]:
     if loaded.origin.get("parts") == "backbone":
         networks = {source.key: networks[source.key]}
     content = {
-        name: state_dict_from_params(params) | source.family.buffer_tensors(source.backbone)
+        name: source.family.file_names(
+            state_dict_from_params(params) | source.family.buffer_tensors(source.backbone)
+        )
         for name, params in networks.items()
     }
     if "student" in content:

@@ -70,6 +70,13 @@ class Family(Generic[B]):
         """The tensors by published names, whichever of the family's spellings they come in."""
         raise NotImplementedError
 
+    def file_names(self, tensors: Tensors) -> Tensors:
+        """Tensors by published names as the published implementation saves them.
+
+        The inverse of `published_names`, for a family whose files prefix or repeat names.
+        """
+        return tensors
+
     def recognises(self, tensors: Tensors) -> bool:
         """Whether tensors, by published names, are of a network of this family."""
         raise NotImplementedError

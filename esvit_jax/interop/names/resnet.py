@@ -1,0 +1,156 @@
+"""ResNet: names in the published checkpoints, in timm (torchvision's) and in transformers.
+
+The published EsViT holds torchvision's network two attributes deep, "backbone.backbone.". timm and
+transformers compute the same function, at any size of images: region and view features are theirs
+before and after pooling.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from esvit_jax.errors import UserError
+from esvit_jax.interop.names.base import Family, Inferred, Peer
+from esvit_jax.interop.names.published import HEADS, Tensors
+from esvit_jax.models import ResNet
+from esvit_jax.models.resnet import EXPANSION
+
+PREFIX = "backbone.backbone."
+STEM, FIRST = "conv1.weight", "layer1.0.conv3.weight"
+NORM = ("weight", "bias", "running_mean", "running_var")
+COUNTER = "num_batches_tracked"
+
+
+# transformers: of a stage's layer, its three convolutions with norms, and the shortcut.
+
+PARTS = {
+    "conv1": "layer.0.convolution",
+    "bn1": "layer.0.normalization",
+    "conv2": "layer.1.convolution",
+    "bn2": "layer.1.normalization",
+    "conv3": "layer.2.convolution",
+    "bn3": "layer.2.normalization",
+    "downsample.0": "shortcut.convolution",
+    "downsample.1": "shortcut.normalization",
+}
+STEM_PARTS = {"conv1": "convolution", "bn1": "normalization"}
+
+
+def to_transformers(tensors: Tensors) -> Tensors:
+    """A backbone's tensors by transformers' names."""
+
+    def renamed(name: str) -> str:
+        if match := re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)\.(\w+)", name):
+            stage, block, part, leaf = match.groups()
+            return f"encoder.stages.{int(stage) - 1}.layers.{block}.{PARTS[part]}.{leaf}"
+        part, leaf = name.split(".")
+        return f"embedder.embedder.{STEM_PARTS[part]}.{leaf}"
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def from_transformers(tensors: Tensors) -> Tensors:
+    """The inverse of `to_transformers`; other names stay as they are."""
+    parts, stem = ({new: old for old, new in table.items()} for table in (PARTS, STEM_PARTS))
+
+    def renamed(name: str) -> str:
+        if match := re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)\.(\w+)", name):
+            stage, block, part, leaf = match.groups()
+            if part in parts:
+                return f"layer{int(stage) + 1}.{block}.{parts[part]}.{leaf}"
+        match = re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name)
+        return f"{stem[match[1]]}.{match[2]}" if match and match[1] in stem else name
+
+    return {renamed(name.removeprefix("resnet.")): x for name, x in tensors.items()}
+
+
+def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
+    """A `transformers.ResNetConfig` as JSON holds it."""
+    return {
+        "architectures": ["ResNetModel"],
+        "model_type": "resnet",
+        "num_channels": 3,
+        "embedding_size": backbone.base_width,
+        "hidden_sizes": [stage.num_features for stage in backbone.stages],
+        "depths": list(backbone.depths),
+        "layer_type": "bottleneck",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+        "torch_dtype": "float32",
+    }
+
+
+def any_size(backbone: ResNet) -> list[int]:
+    """The sizes, in pixels, at which others compute what `backbone` does: all, up to this one."""
+    return list(range(1, 2 * max(backbone.image_size, 512) + 1))
+
+
+class ResNetFamily(Family[ResNet]):
+    """See the top of this file."""
+
+    signature = f"{STEM} and {FIRST}"
+    buffers = (COUNTER,)
+    transformers = Peer(
+        model="ResNetModel",
+        to_names=to_transformers,
+        from_names=from_transformers,
+        arguments=transformers_config,
+        agreeing_sizes=any_size,
+        difference="it agrees at any size",
+        advice="`pooler_output` is [b, d, 1, 1] here, and `last_hidden_state` [b, d, h, w].",
+    )
+
+    def published_names(self, tensors: Tensors) -> Tensors:
+        if any(name.removeprefix("resnet.").startswith("encoder.stages.") for name in tensors):
+            tensors = from_transformers(tensors)
+        return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+    def file_names(self, tensors: Tensors) -> Tensors:
+        heads = tuple(f"{head}." for head in HEADS)
+        return {
+            name if name.startswith(heads) else PREFIX + name: tensor
+            for name, tensor in tensors.items()
+        }
+
+    def recognises(self, tensors: Tensors) -> bool:
+        return all(name in tensors and tensors[name].ndim == 4 for name in (STEM, FIRST))
+
+    def infer(self, tensors: Tensors, image_size: int | None) -> Inferred:
+        """See `Family.infer`; any image size fits."""
+        found: dict[int, int] = {}
+        for name in tensors:
+            if match := re.fullmatch(r"layer(\d+)\.(\d+)\.conv1\.weight", name):
+                stage, block = int(match[1]), int(match[2])
+                found[stage] = max(found.get(stage, 0), block + 1)
+        if sorted(found) != list(range(1, len(found) + 1)):
+            raise UserError(f"it has the stages {sorted(found)}, which no ResNet has")
+        width = tensors[STEM].shape[0]
+        if tensors[FIRST].shape[0] != EXPANSION * width:
+            raise UserError(
+                f"its stem has {width} features and its first block {tensors[FIRST].shape[0]}; of "
+                f"the ResNets, those with {EXPANSION} times the stem's are known"
+            )
+        fields = {"depths": tuple(found[stage] for stage in sorted(found)), "base_width": width}
+        note = "assumed; any fits" if image_size is None else "as told"
+        return Inferred(fields | {"image_size": image_size or 224}, note)
+
+    def describe(self, backbone: ResNet) -> str:
+        return (
+            f"a ResNet of depths {tuple(backbone.depths)} with bottleneck blocks, base_width "
+            f"{backbone.base_width}"
+        )
+
+    def buffer_tensors(self, backbone: ResNet) -> Tensors:
+        norms = ["bn1"]
+        for i, depth in enumerate(backbone.depths):
+            for j in range(depth):
+                parts = ["bn1", "bn2", "bn3", *(["downsample.1"] if not j else [])]
+                norms += [f"layer{i + 1}.{j}.{part}" for part in parts]
+        return {f"{norm}.{COUNTER}": np.zeros((), np.int64) for norm in norms}
+
+    def resized(self, params: Mapping[str, Any], old: ResNet, new: ResNet) -> dict[str, Any]:
+        """Nothing in a ResNet depends on the size of images."""
+        return dict(params)
