@@ -3,35 +3,24 @@
 import collections
 import functools
 import os
-from collections.abc import Generator
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jaxtyping import PyTree
 from rich.console import Console
 
-from esvit_jax import bad_step, buckets, checkpoint, parallel, preflight, processes, programs
+from esvit_jax import bad_step, buckets, parallel, programs
 from esvit_jax.bad_step import Batch, TriedStep
-from esvit_jax.bench.peaks import peak_flops
-from esvit_jax.config import ConfigDict, RunNumbers, resolve
-from esvit_jax.data.loader import train_batches
-from esvit_jax.data.sources import Source, open_source
+from esvit_jax.config import ConfigDict
 from esvit_jax.errors import full_disk_in_words, renamed
-from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
-from esvit_jax.interop.initialize import init_from
-from esvit_jax.lock import Lock
-from esvit_jax.recipe import Recipe, build
-from esvit_jax.runlog.alive import say
+from esvit_jax.run import Run, compiled, first_state, prepare
 from esvit_jax.runlog.collapse import effective_rank, feature_std
 from esvit_jax.runlog.log import RunLog
 from esvit_jax.runlog.profile import StepProfiler
-from esvit_jax.runlog.signals import StopSignals, in_thread
-from esvit_jax.state import TrainState, create_state, init_params
-from esvit_jax.workdir import check_same_run, usable_workdir, write_run_config
+from esvit_jax.runlog.signals import StopSignals
+from esvit_jax.state import TrainState
 
 # What the loader calls these fields.
 LOADER_FIELDS = {
@@ -97,7 +86,7 @@ def train(
     with buckets.reaching(workdir):
         run = prepare(config, workdir, console, strict)
     checkpoints, total_steps = run.checkpoints, run.numbers.total_steps
-    start = done = checkpoints.latest_step() or 0
+    start = done = run.first_step
     alone = jax.process_count() == 1  # nobody waits for what this process breaks off
     batches = run.batches(start)
     in_flight: collections.deque[TriedStep] = collections.deque()
@@ -158,137 +147,11 @@ def train(
     return TrainResult(str(run.workdir), done, log.scalars, log.results)
 
 
-class Run(NamedTuple):
-    """A run that can be started: what is trained, on what, and where it is kept."""
-
-    config: ConfigDict
-    workdir: epath.Path
-    source: Source
-    numbers: RunNumbers
-    recipe: Recipe
-    evaluators: list[Evaluator]
-    lock: Lock
-    checkpoints: checkpoint.Checkpoints
-    size: preflight.Size
-
-    @property
-    def cache(self) -> str | None:
-        """Where compiled programs are kept."""
-        return str(self.workdir / "cache") if self.config.compilation_cache else None
-
-    def batches(self, start: int) -> Generator[Batch, None, None]:
-        """The host's batches from a step on, without end."""
-        return train_batches(
-            self.source,
-            batch_size=self.config.batch_size,
-            canvas_size=self.config.data.canvas_size,
-            seed=self.config.seed,
-            start_step=start,
-            num_workers=self.config.data.num_workers,
-            num_threads=self.config.data.num_threads,
-            max_bad_records=self.config.data.max_bad_records,
-            max_wait_seconds=self.config.data.max_wait_seconds,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    def log(self, console: Console) -> RunLog:
-        """Where the run says what it does; its metrics begin anew or go on as its steps do."""
-        peak = peak_flops(jax.local_devices()[0].device_kind, self.config.dtype)
-        return RunLog(
-            self.workdir,
-            self.config,
-            self.numbers,
-            self.recipe.schedules,
-            resume_step=self.checkpoints.latest_step(),
-            console=console,
-            seconds_at_peak=peak and self.size.step_operations / peak,
-        )
-
-
-def prepare(
-    config: ConfigDict, workdir: str | os.PathLike[str], console: Console, strict: bool = False
-) -> Run:
-    """Opens the data, refuses what cannot work, says what is about to happen.
-
-    Nothing is compiled, and nothing written before all is known to fit together.
-    """
-    path = usable_workdir(workdir)
-    with renamed(
-        name="config.data.name", split="config.data.train_split", data_dir="config.data.data_dir"
-    ):
-        source = open_source(
-            config.data.name, config.data.train_split, config.data.data_dir or None
-        )
-    numbers = resolve(config, num_images=len(source), num_devices=jax.device_count())
-    check_same_run(path, config, numbers)
-    online = evaluators(config, source, numbers)
-    recipe = build(config, numbers)
-    if config.init_from and not checkpoint.has_checkpoint(path):
-        shapes = jax.eval_shape(functools.partial(init_params, recipe.model), jax.random.key(0))
-        with renamed(init_from="config.init_from", init_parts="config.init_parts"):
-            init_from(shapes, config.init_from, config.init_parts)
-
-    processes.check_same(processes.facts(path, config, numbers))
-
-    size = preflight.measure_size(config, numbers, recipe)
-    disk = preflight.measure_disk(config, numbers, size, path)
-    for line in preflight.describe(config, numbers, size, disk):
-        say(console, line)
-    preflight.check_memory(config, size)
-    preflight.check_disk(config, disk)
-    lock = Lock(path, config.lock_seconds, enabled=jax.process_index() == 0)
-    try:
-        if jax.process_index() == 0:
-            write_run_config(path, config, numbers)
-        checkpoints = checkpoint.Checkpoints(
-            str(path),
-            every_steps=config.checkpoint_every_steps,
-            keep=config.checkpoint_keep,
-            keep_every_steps=config.checkpoint_keep_every_steps,
-            strict=strict,
-        )
-    except BaseException:
-        lock.close()
-        raise
-    step = checkpoints.latest_step()
-    say(console, f"workdir {path} ({'new' if step is None else f'from step {step}'})")
-    if step == numbers.total_steps:
-        say(console, "it has taken all its steps; there is nothing left to train")
-    return Run(config, path, source, numbers, recipe, online, lock, checkpoints, size)
-
-
 def before_saving(run: Run, log: RunLog) -> None:
     """What is due before a checkpoint, so that one that is whole has its metrics beside it."""
     with buckets.waiting(run.workdir):
         run.lock.check()
         log.flush()
-
-
-def first_state(run: Run, log: RunLog) -> TrainState:
-    """The newest checkpoint's state or, of a new run, a random or loaded one; on all devices."""
-    config, recipe = run.config, run.recipe
-    create = functools.partial(create_state, recipe.model, recipe.optimizer)
-
-    def init(key: jax.Array) -> PyTree:
-        return init_params(recipe.model, jax.random.wrap_key_data(key))
-
-    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))  # alike in all processes
-    shapes = jax.eval_shape(lambda key: create(init(key)), key)
-    shapes = parallel.laid_out(shapes, config.parallel)
-    if run.checkpoints.latest_step() is not None:
-        with log.busy("reading the checkpoint", "checkpoint"):
-            return parallel.replicate(run.checkpoints.restore(shapes), config.parallel)
-
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    jitted = jax.jit(init, out_shardings=shardings.params)
-    params = compiled(jitted, key, what="the initialisation", log=log)(key)
-    if config.init_from:
-        loaded, report = init_from(params, config.init_from, config.init_parts)
-        log.say(report)
-        params = jax.tree.map(parallel.place, loaded, shardings.params)
-    state = jax.jit(create, out_shardings=shardings)(params)
-    return parallel.replicate(state, config.parallel)
 
 
 def evaluate(run: Run, state: TrainState, done: int, log: RunLog) -> None:
@@ -306,22 +169,9 @@ def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
         with log.busy("evaluating what to compare with", "evaluation"):
-            results = [*evaluator.baselines(), evaluator(state.teacher, 0)]
+            results = [*evaluator.baselines(), evaluator(state.teacher, run.start_step)]
         for result in results:
-            log.record(result, 0)
-
-
-def compiled(function: Any, *arguments: Any, what: str, log: RunLog) -> Any:
-    """Compiles a jitted function for arguments, with signs of life, and open to signals.
-
-    jax keeps the program, so that the function's next call with such arguments starts at once.
-    """
-    with log.busy(f"tracing {what}", "compile"):
-        lowered = function.lower(*arguments)
-    with log.busy(f"compiling {what}", "compile"):
-        in_thread(lowered.compile)
-    processes.meet()  # collectives wait for half a minute only, and compilers may differ by more
-    return function
+            log.record(result, run.start_step)
 
 
 def device_batch(batch: Batch) -> Batch:

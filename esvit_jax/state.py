@@ -1,5 +1,7 @@
 """What a step reads and writes, and as which two items a checkpoint keeps it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import jax
@@ -10,7 +12,7 @@ from jaxtyping import PyTree
 
 from esvit_jax.models.esvit import EsViT
 from esvit_jax.models.layers import Leaf
-from esvit_jax.optim import TeacherState, teacher_params
+from esvit_jax.optim import TeacherState, teacher_params, with_teacher_params
 
 
 @struct.dataclass
@@ -108,14 +110,31 @@ def zero_centers(model: EsViT) -> dict[str, jax.Array]:
 
 
 def create_state(
-    model: EsViT, optimizer: optax.GradientTransformation, params: PyTree
+    model: EsViT,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    teacher: PyTree | None = None,
+    centers: Mapping[str, jax.Array] = MappingProxyType({}),
+    step: int = 0,
 ) -> TrainState:
-    """The state before the first step, student and teacher both at `params`."""
+    """The state before the first step.
+
+    Args:
+      model, optimizer: of the run.
+      params: of the student.
+      teacher: its params; None are the student's.
+      centers: those that are not new.
+      step: that is the first.
+    """
+    opt_state = optimizer.init(params)
+    if teacher is not None:
+        # Copies, as a donated buffer must be in the state once.
+        opt_state = with_teacher_params(opt_state, jax.tree.map(jnp.copy, teacher))
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
+        step=jnp.full((), step, jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
-        centers=zero_centers(model),
+        opt_state=opt_state,
+        centers=zero_centers(model) | dict(centers),
         bad_steps=jnp.zeros((), jnp.int32),
         skipped_steps=jnp.zeros((), jnp.int32),
     )

@@ -58,7 +58,8 @@ def test_default_config_is_that_of_0_1_0():
     old = json.loads(OLD_CONFIG.read_text())["config"]
     new = {
         "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
-        "lock_seconds": 60.0, "profile_steps": None,
+        "lock_seconds": 60.0, "profile_steps": None, "init_step": None,
+        "backbone.base_width": None, "head.batch_norm": False,
     }  # fmt: skip
     faster = {"loss.prototype_chunk": 4096}
     assert flatten(default_config()) == old | new | faster
@@ -87,10 +88,10 @@ AT_LEAST_1 = (
     "evaluate.batch_size", "head.hidden_dim", "head.bottleneck_dim",
     "data.num_threads", "views.global_size", "views.local_size", "total_steps",
     "checkpoint_keep_every_steps", "evaluate.size", "backbone.embed_dim",
-    "backbone.window_size", "backbone.patch_size", "backbone.image_size",
+    "backbone.window_size", "backbone.patch_size", "backbone.image_size", "backbone.base_width",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "knn_every_steps", "views.num_local", "loss.prototype_chunk",
+    "seed", "init_step", "knn_every_steps", "views.num_local", "loss.prototype_chunk",
     "loss.warmup_teacher_temp_epochs", "data.num_workers", "data.max_bad_records",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_epochs",
     "optimizer.weight_decay", "optimizer.final_weight_decay", "optimizer.clip_norm",
@@ -292,8 +293,8 @@ FREE = {
     "backbone.attention", "compilation_cache", "profile_steps",
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
-    "lock_seconds",
-    "max_bad_steps", "init_from", "init_parts", "loss.prototype_chunk", "data.data_dir",
+    "lock_seconds", "max_bad_steps", "init_from", "init_step", "init_parts",
+    "loss.prototype_chunk", "data.data_dir",
     "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
     "data.max_wait_seconds",
     "evaluate.size", "evaluate.crop", "evaluate.batch_size", "evaluate.k",

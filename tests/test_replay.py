@@ -10,11 +10,11 @@ from damage import random_state
 from flax import traverse_util
 from rich.console import Console
 
-from esvit_jax import loop
 from esvit_jax.analyze.replay import replay
 from esvit_jax.bad_step import TriedStep, stop_if_bad
 from esvit_jax.commands.replay_bad_step import describe, main
 from esvit_jax.errors import RunError, UserError
+from esvit_jax.run import prepare
 
 QUIET = Console(quiet=True)
 
@@ -22,7 +22,7 @@ QUIET = Console(quiet=True)
 def leave_bad_step(workdir, config, change=lambda params: params):
     """What the loop leaves of a bad step 5, whose student has changed params."""
     config.max_bad_steps = 2
-    run = loop.prepare(config, workdir, QUIET)
+    run = prepare(config, workdir, QUIET)
     state = random_state(config, 7)
     state = dataclasses.replace(state, params=change(state.params))
     batch = next(run.batches(5))

@@ -95,7 +95,12 @@ FIELDS: dict[str, Field] = {
         optional(whole_interval(1, MAX_STEPS)), free=True),
     "init_from": Field(
         "", "workdir or converted checkpoint to start from; empty means random", text(), free=True),
-    "init_parts": Field("all", "what is taken from it", one_of("all", "backbone"), free=True),
+    "init_step": Field(
+        None, "the checkpoint of it that is taken; None is the newest",
+        optional(whole(0, MAX_STEPS)), free=True),
+    "init_parts": Field(
+        "all", "what is taken from it: the network, its backbone, or the run, which goes on with "
+        "its epoch", one_of("all", "backbone", "run"), free=True),
 
     "backbone.name": Field("swin_tiny", "one of esvit_jax.models.PRESETS", text()),
     "backbone.embed_dim": Field(None, "features of the first stage", optional(FEATURES)),

@@ -124,7 +124,7 @@ def batch_statistics(x: Float[Array, "*rows d"]) -> BatchStatistics:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normalize(
-    x: Array, scale: Array, bias: Array, mean: Array, variance: Array, dtype: DTypeLike
+    x: Array, scale: Param, bias: Param, mean: Array, variance: Array, dtype: DTypeLike
 ) -> Array:
     """By statistics of x itself, of which the gradient knows; what it keeps is x as it came."""
     x = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + 1e-5)

@@ -27,6 +27,7 @@ class RunLog:
       config, numbers: of the run.
       schedules: functions of the step, logged beside the scalars of training.
       resume_step: steps done before; None for a new run.
+      start_step: of a new run.
       console: to print to; a quiet one on processes other than 0.
       seconds_at_peak: that a step would take if the devices did its products at their peak; None
         where nobody knows it.
@@ -46,11 +47,13 @@ class RunLog:
         schedules: Mapping[str, Schedule],
         *,
         resume_step: int | None,
+        start_step: int = 0,
         console: Console,
         seconds_at_peak: float | None = None,
     ):
         self._config, self._numbers, self._schedules = config, numbers, schedules
-        self._progress = Progress(numbers.total_steps, first_step=resume_step or 0, console=console)
+        first = start_step if resume_step is None else resume_step
+        self._progress = Progress(numbers.total_steps, first_step=first, console=console)
         self._seconds_at_peak = seconds_at_peak
         metrics = epath.Path(workdir) / "metrics.jsonl"
         earlier = read_metrics(metrics) if metrics.exists() else []
@@ -61,8 +64,8 @@ class RunLog:
             report=self.say,
         )
         self._shown_warnings: set[str] = set()
-        self._timed_from = resume_step or 0  # steps done when the clock last started
-        self._done = self._first = resume_step or 0
+        self._timed_from = first  # steps done when the clock last started
+        self._done = self._first = first
         self.scalars: dict[str, float] = {}
         self.results: list[Result] = []
         self.clock = StepClock()
