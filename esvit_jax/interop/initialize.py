@@ -104,6 +104,7 @@ def _misfits(
 ) -> list[str]:
     """What hinders that parts of a network take the place of params, a line each."""
     ours: dict[str, Any]
+    theirs: dict[str, Any]
     ours, theirs = (
         traverse_util.flatten_dict({part: x[part] for part in wanted if part in x}, sep="/")
         for x in (params, network)
