@@ -104,6 +104,11 @@ def prepare(
     online = evaluators(config, source, numbers)
     recipe = build(config, numbers)
     start_step = 0
+    if config.init_parts == "run" and not config.init_from:
+        raise UserError(
+            "name the run to go on from in config.init_from", argument="config.init_parts",
+            value="run",
+        )  # fmt: skip
     if config.init_from and not checkpoint.has_checkpoint(path):
         shapes = jax.eval_shape(functools.partial(init_params, recipe.model), jax.random.key(0))
         start_step = round(started(config, shapes).epochs * numbers.steps_per_epoch)

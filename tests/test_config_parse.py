@@ -187,7 +187,7 @@ def test_a_bad_file_is_named_with_line_and_reason(tmp_path: Path, what: str):
 
 
 def test_files_that_are_none_are_named(tmp_path: Path):
-    known = "give a .py file or one of esvit_swin, quickstart"
+    known = "give a .py file or one of esvit_cvt, esvit_swin, esvit_vil, quickstart, resnet50, vit"
     assert refusal(f"--config={tmp_path}/nowhere.py") == (
         f"--config={tmp_path}/nowhere.py: there is no such file; {known}"
     )
@@ -238,8 +238,20 @@ def test_the_published_configs():
     changes = {"backbone.window_size": 7}
     assert flatten(load_config("esvit_swin")) == flatten(default_config()) | changes
     changes = {"backbone.name": "swin_base", "backbone.window_size": 14, "batch_size": 1024}
+    changes |= {"checkpoint_every_steps": 1251, "checkpoint_keep_every_steps": 25_020}
     config = load_config("esvit_swin:variant=base,window=14,region=false")
     assert flatten(config) == flatten(default_config()) | changes | {"loss.region": False}
+    for row, step, fixed in (
+        ("swin:variant=base,window=14", 250_200, True),
+        ("swin:variant=small,window=14", 225_180, False),
+        ("swin:variant=base,window=7", 250_200, False),
+        ("vil", 250_200, False), ("cvt", 250_200, False),
+    ):  # fmt: skip
+        config = load_config(f"esvit_{row}{',' if ':' in row else ':'}continued=true")
+        begin = config.init_parts, config.init_step, config.batch_size, config.head.norm_last_layer
+        assert begin == ("run", step, 512, fixed)
+    assert load_config("resnet50:continued=true").batch_size == 1024
+    assert load_config("vit:variant=base,patch=8").backbone.patch_size == 8
     assert load_config("quickstart").data.name == "bundled/fashion_mnist_mini"
 
 
