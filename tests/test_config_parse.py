@@ -126,7 +126,7 @@ def test_unknown_field_is_named_with_the_one_most_like_it(config_file: Path):
     )
     assert refusal(f"--config={config_file}", "--config.head=5") == (
         "config.head is a section; its fields are head.num_prototypes, head.hidden_dim, "
-        "head.bottleneck_dim, head.norm_last_layer"
+        "head.bottleneck_dim, head.norm_last_layer, head.batch_norm"
     )
 
 
