@@ -96,6 +96,8 @@ def test_collectives_count_once_by_what_crosses_the_links():
     module = Module(SHARDS)
     gathered, scattered = 7 / 8 * 256 * 128 * 2, 7 / 8 * 256 * 128 * 4
     assert collective_bytes(module, 8) == gathered + scattered
+    one_channel = Module(SHARDS.replace("channel_id=8", "channel_id=7"))
+    assert collective_bytes(one_channel, 8) == gathered + scattered
     spent = {x.instruction.name: x.cycles for x in costs(module, V5E, 8)}
     assert spent == {"first": 40, "second": 50, "mine": round(scattered * V5E.clock / 200e9)}
     assert collective_bytes(Module(PROGRAM), 4) == 2 * 3 / 4 * ARRAY

@@ -84,7 +84,8 @@ def costs(
 def collective_bytes(module: Module, chips: int) -> int:
     """Bytes that cross a chip's links in one run: of all collectives, within fusions too.
 
-    One that runs beside several fusions stands in each of them, under one channel, and counts once.
+    One that runs beside several fusions stands in each of them, with one channel and shape, and
+    counts once. (Not all compilers give every collective a channel of its own.)
 
     Args:
       module: compiled for one of the devices.
@@ -92,15 +93,15 @@ def collective_bytes(module: Module, chips: int) -> int:
     """
     total, seen = 0, set()
     for executed in Traffic(module).executed():
-        inner = [executed.instruction]
-        if executed.instruction.opcode == "fusion":
+        inner, beside = [executed.instruction], executed.instruction.opcode == "fusion"
+        if beside:
             called = module.computations[executed.instruction.called("calls")]
             inner = list(called.instructions.values())
         for x in inner:
             channel = CHANNEL.search(x.attributes)
-            name = channel[1] if channel else x.name
-            if x.opcode.removesuffix("-start") in CROSSINGS and name not in seen:
-                seen.add(name)
+            key = (channel[1], x.opcode, x.shape) if beside and channel else x.name
+            if x.opcode.removesuffix("-start") in CROSSINGS and key not in seen:
+                seen.add(key)
                 total += round(executed.times * _crossing(x, chips))
     return total
 
