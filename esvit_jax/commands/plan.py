@@ -11,6 +11,7 @@ from esvit_jax.config import ConfigDict, flatten, parse_config, unflatten
 from esvit_jax.errors import renamed
 from esvit_jax.planning.breakdown import Costliest, Part
 from esvit_jax.planning.chips import CHIPS, GIB
+from esvit_jax.planning.depth import plan_by_depth
 from esvit_jax.planning.measure import account_again
 from esvit_jax.planning.plan import IMAGENET_IMAGES, Plan, plan
 from esvit_jax.planning.search import Found, search
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
         arguments = parser.parse_args(rest)
         if not arguments.topology:
             parser.error("--topology is missing, such as --topology=v5e:2x4")
+        if arguments.shallow and (arguments.top or arguments.dump_hlo):
+            parser.error("--shallow compiles no program of this network for --top or --dump_hlo")
         with renamed(**FLAGS):
             result = run(config, arguments, console, arguments.batch_per_chip)
         if arguments.search:
@@ -71,6 +74,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help="let the TPU compiler try less hard: says sooner what memory suffices",
     )  # fmt: skip
     parser.add_argument(
+        "--shallow", action="store_true",
+        help="compile two networks with fewer blocks in the deepest stage, and reckon from them",
+    )  # fmt: skip
+    parser.add_argument(
         "--num_images", type=int, default=IMAGENET_IMAGES, help="of the data set; ImageNet's"
     )
     parser.add_argument(
@@ -96,6 +103,15 @@ def run(
     config: ConfigDict, arguments: argparse.Namespace, console: Console, batch: int | None
 ) -> Plan:
     """The plan that the flags ask for, for `batch` images a chip."""
+    if arguments.shallow:
+        return plan_by_depth(
+            config,
+            arguments.topology,
+            num_images=arguments.num_images,
+            batch_per_chip=batch,
+            quick=arguments.quick,
+            console=console,
+        )
     return plan(
         config,
         arguments.topology,
@@ -151,6 +167,12 @@ def tables(result: Plan, with_breakdown: bool) -> Iterator[Table | str]:
         yield (
             "Memory only: a quick program is not the one that would run. Swin-T's takes 3.4 times "
             "the cycles and moves 1.7 times the bytes."
+        )
+    if result.compiled_depths:
+        yield (
+            "Reckoned from two networks of depths "
+            + " and ".join(",".join(map(str, depths)) for depths in result.compiled_depths)
+            + ", as every two more blocks of a stage cost the same again."
         )
     if with_breakdown and result.breakdown:
         yield breakdown_table(result.breakdown)

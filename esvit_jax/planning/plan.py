@@ -60,6 +60,7 @@ class Plan:
       costliest: instructions by cycles, the first the most; as many as were asked for.
       compile_seconds: that the compiler took.
       versions: of what compiled the step.
+      compiled_depths: of the two networks that were compiled in place of this one's; see `depth`.
     """
 
     topology: str
@@ -93,6 +94,7 @@ class Plan:
     costliest: list[Costliest] | None
     compile_seconds: float
     versions: dict[str, str]
+    compiled_depths: list[list[int]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its fields as JSON knows them; rows of tables are objects."""
