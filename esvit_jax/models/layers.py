@@ -45,24 +45,6 @@ REMAT_POLICIES = {
 }
 
 
-def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """What each of `new` places along an axis takes of each of the `old` ones, f64.
-
-    Keys' kernel with a = -0.75, corners not aligned, borders repeated, no antialiasing: PyTorch's
-    `interpolate(mode="bicubic")`.
-    """
-    position = (np.arange(new) + 0.5) * old / new - 0.5
-    taps = np.floor(position)[:, None].astype(int) + np.arange(-1, 3)
-    distance = np.abs(position[:, None] - taps)
-    a = -0.75
-    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
-    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-    weights = np.zeros((new, old))
-    rows = np.arange(new)[:, None]
-    np.add.at(weights, (rows, taps.clip(0, old - 1)), np.where(distance <= 1, near, far))
-    return weights
-
-
 class NormParameters(nn.Module):
     """Scale and bias of a norm over d features, for who normalises himself."""
 

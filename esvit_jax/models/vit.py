@@ -31,8 +31,8 @@ from esvit_jax.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
-    bicubic_weights,
 )
+from esvit_jax.models.resize import bicubic_matrix
 from esvit_jax.models.swin import PatchEmbed
 
 
@@ -136,13 +136,13 @@ def resize_positions(
 ) -> Float[Array, "1 m d"]:
     """A position embedding for side x side patches, for height x width of them.
 
-    Bicubic (see `bicubic_weights`), rows by the factor height / side, columns by width / side; the
+    Bicubic (see `bicubic_matrix`), rows by the factor height / side, columns by width / side; the
     public code knows square images only, and there takes sqrt(height width) / side for both. The
     class token's position, the first one, stays as it is.
     """
     if (height, width) == (side, side):
         return jnp.asarray(positions)
-    rows, columns = (bicubic_weights(side, n).astype(np.float32) for n in (height, width))
+    rows, columns = (bicubic_matrix(side, n).astype(np.float32) for n in (height, width))
     maps = rearrange(jnp.asarray(positions)[0, 1:], "(y x) d -> y x d", y=side)
     maps = jnp.einsum("hy,wx,yxd->hwd", rows, columns, maps, precision="highest")
     return jnp.concatenate([positions[:, :1], rearrange(maps, "h w d -> 1 (h w) d")], axis=1)

@@ -38,7 +38,7 @@ from esvit_jax.interop.names.published import Tensors
 from esvit_jax.interop.names.spelling import Spelling
 from esvit_jax.models import Swin
 from esvit_jax.models.attention import relative_position_index
-from esvit_jax.models.layers import bicubic_weights
+from esvit_jax.models.resize import bicubic_matrix
 
 PATCHES = "patch_embed.proj.weight"
 TABLE = "attn.relative_position_bias_table"
@@ -160,10 +160,10 @@ def resize_bias_table(
 ) -> Float[np.ndarray, "new_rows heads"]:
     """A table [(2w-1)², heads] for another window, as Swin does it for fine-tuning.
 
-    Bicubic over the map of relative positions; see `bicubic_weights`.
+    Bicubic over the map of relative positions; see `bicubic_matrix`.
     """
     side, new_side = round(len(table) ** 0.5), 2 * window_size - 1
-    weights = bicubic_weights(side, new_side)
+    weights = bicubic_matrix(side, new_side)
     square = table.reshape(side, side, -1).astype(np.float64)
     resized = np.einsum("yi,xj,ijh->yxh", weights, weights, square)
     return resized.reshape(new_side**2, -1).astype(np.float32)
