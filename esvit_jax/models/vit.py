@@ -46,10 +46,9 @@ def attend(
 
     On GPUs that have it, in half precision, that is cuDNN's flash attention, which never holds
     [n, n] logits; `jax.nn` takes it only where it is told to. Elsewhere it is `window_attention`
-    of one window: where its backward pass keeps one array of that size, autodiff of `jax.nn`'s
-    keeps more, which costs a TPU time with the 785 tokens of small patches (docs/measurements.md).
-    The flash kernel that jax has for TPUs takes tokens in blocks of 128 only, so that the 197 and
-    37 of a view would be padded to 256 and 128.
+    of one window, whose backward pass keeps one array of that size, in the values' dtype, where
+    autodiff of `jax.nn`'s keeps float32. The flash kernel that jax has for TPUs takes tokens in
+    blocks of 128 only: the 197 and 37 of a view would be padded to 256 and 128.
 
     Args:
       query: scaled already.
