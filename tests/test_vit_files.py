@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,11 @@ from esvit_jax.interop.names.vit import ViTFamily
 from esvit_jax.models import ViT, create_model
 
 GOLDEN = Path(__file__).parent / "data" / "vit_nano.npz"
-SMALL = dict(embed_dim=6, depths=(2,), num_heads=(3,), patch_size=4, image_size=16)
+SMALL: dict[str, Any] = dict(embed_dim=6, depths=(2,), num_heads=(3,), patch_size=4, image_size=16)
+
+
+def small_vit(**fields: Any) -> ViT:
+    return ViT(**(SMALL | fields))
 
 
 def small_config():
@@ -105,6 +110,21 @@ def test_presets_are_recognised(name, fields):
     assert inferred == {field: getattr(model, field) for field in inferred}
 
 
+def test_a_checkpoint_of_dino(tmp_path):
+    """Its networks hold the backbone one attribute deep, and have no region head."""
+    config = small_config()
+    config.loss.region = False
+    params = random_params(config, 0)
+    tensors = state_dict_from_params(params)
+    dino = {n if n.startswith("head.") else f"backbone.{n}": x for n, x in tensors.items()}
+    content = {f"student.module.{n}": x for n, x in dino.items()}
+    content |= {f"teacher.{n}": x for n, x in dino.items()}
+    convert(write(tmp_path / "a.safetensors", content), tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert_same(loaded.student, params)
+    assert_same(loaded.teacher, params)
+
+
 @pytest.mark.parametrize("kind", ["DeiT's", "transformers'"])
 def test_supervised_ones_become_backbones(tmp_path, kind):
     config = small_config()
@@ -116,7 +136,7 @@ def test_supervised_ones_become_backbones(tmp_path, kind):
         file = write(tmp_path / "a.safetensors", tensors | classifier)
     lines = convert(file, tmp_path / "a")
     loaded = checkpoint.load_model(tmp_path / "a")
-    assert loaded.model.backbone == ViT(**SMALL, dtype=np.dtype("float32"), drop_path_rate=0.1)
+    assert loaded.model.backbone == small_vit(dtype=np.dtype("float32"), drop_path_rate=0.1)
     assert_same(loaded.network(), {"backbone": random_params(config, 0)["backbone"]})
     left = "left behind: model head.weight, model head.bias"
     assert (left in lines) == (kind == "DeiT's")
@@ -168,7 +188,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_positions_for_another_image_size():
     """As a forward pass at that size resizes them, and nothing else is changed."""
-    old, new = ViT(**SMALL), ViT(**SMALL | {"image_size": 28})
+    old, new = small_vit(), small_vit(image_size=28)
     params = random_params(small_config(), 0)["backbone"]
     resized = ViTFamily().resized(params, old, new)
     assert {name for name in params if params[name] is not resized[name]} == {"pos_embed"}
@@ -186,9 +206,9 @@ def test_positions_for_another_image_size():
 
 
 def test_sizes_at_which_libraries_agree():
-    assert names.sizes_like_timm(ViT(**SMALL)) == [16]
-    assert names.sizes_like_timm(ViT(**SMALL | {"image_size": 18})) == []
-    sizes = names.sizes_like_transformers(ViT(**SMALL))
+    assert names.sizes_like_timm(small_vit()) == [16]
+    assert names.sizes_like_timm(small_vit(image_size=18)) == []
+    sizes = names.sizes_like_transformers(small_vit())
     assert sizes == [4, 8, 12, 16, 20, 24, 28, 32]
     assert size_ranges(sizes) == "4, 8, … 32 pixels"
 
@@ -257,7 +277,7 @@ def test_snippets_of_model_cards(nano, golden, tmp_path, monkeypatch, format):
     monkeypatch.chdir(tmp_path)
     pictures = [golden["crops/0"][0]]
     pixels = torch.zeros(1, 3, 224, 224)
-    scope = {"images": pictures if format == "huggingface" else pixels}
+    scope: dict[str, Any] = {"images": pictures if format == "huggingface" else pixels}
     with torch.no_grad():
         exec(lines, scope)
         if format == "huggingface":

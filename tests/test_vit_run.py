@@ -69,6 +69,8 @@ def test_attention(workdir, tmp_path):
     weights = np.asarray(found.output.attention[1])[0, 0]  # [heads, 17, 17]
     seen, _, bits = found.seen_from(1, 0, (1, 3), 0.6)
     np.testing.assert_array_equal(seen.reshape(2, 16), weights[:, 1 + 1 * 4 + 3, 1:])
+    seen, _, _ = found.seen_from(1, 0, None, 0.6)
+    np.testing.assert_array_equal(seen.reshape(2, 16), weights[:, 0, 1:])
     rows = weights[:, 8]
     np.testing.assert_allclose(bits, -(rows * np.log2(rows)).sum(-1), rtol=1e-5)
 

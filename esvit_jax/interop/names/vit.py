@@ -1,6 +1,7 @@
 """ViT: names in the published checkpoints, in timm and in transformers, and what shapes tell.
 
-EsViT's, DINO's, DeiT's and timm's files have the same names. Shapes do not tell the number of
+EsViT's, DINO's, DeiT's and timm's files have the same names, but for a prefix in whole checkpoints
+of DINO. Shapes do not tell the number of
 heads: DeiT has one for each 64 features.
 
 Both libraries leave out what is left of an image beside whole patches, which we pad. For an image
@@ -149,6 +150,8 @@ out.last_hidden_state[:, 1:]  # region features [b, h * w, d]""",
     def published_names(self, tensors: Tensors) -> Tensors:
         if "embeddings.cls_token" in tensors:
             return SPELLING.from_names(tensors)
+        if "backbone.cls_token" in tensors:  # DINO's
+            return {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
         return tensors
 
     def recognises(self, tensors: Tensors) -> bool:
