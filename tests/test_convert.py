@@ -20,7 +20,7 @@ from esvit_jax.interop import convert as convert_module
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
 from esvit_jax.interop.names.swin import resize_bias_table, to_transformers
-from esvit_jax.models import PRESETS, EsViT, create_backbone, create_model
+from esvit_jax.models import PRESETS, EsViT, Swin, create_backbone, create_model
 from esvit_jax.models.attention import relative_position_index, shift_mask
 from esvit_jax.state import init_params
 
@@ -132,6 +132,8 @@ def test_round_trip_is_exact_for_every_backbone(name):
     params = jax.tree.map(lambda x: rng.integers(-128, 128, x.shape, np.int8), shapes_of(model))
     tensors = state_dict_from_params(params)
     assert_same(params_from_state_dict(tensors), params)
+    if not isinstance(model.backbone, Swin):
+        return
     weight = tensors["layers.0.blocks.1.mlp.fc1.weight"]
     assert weight.shape == (4 * model.backbone.embed_dim, model.backbone.embed_dim)
     assert tensors["patch_embed.proj.weight"].shape[1:] == (3, 4, 4)

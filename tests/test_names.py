@@ -174,7 +174,7 @@ def test_what_is_no_swin():
         {"layers.0.blocks.999999999.attn.relative_position_bias_table": np.zeros((169, 3))},
         {"patch_embed.proj.weight": np.zeros((96, 48))},
     ):
-        with pytest.raises(UserError, match="it holds no Swin"):
+        with pytest.raises(UserError, match="it holds no .*Swin"):
             recognise(tables((7, 7), depths=(1, 1)) | change)
 
 
@@ -196,7 +196,7 @@ class DummyFamily(Family[Dummy]):
 
 
 def test_a_family_is_one_class_and_one_line(monkeypatch):
-    with pytest.raises(UserError, match="a Dummy has no names in files yet; known are Swin"):
+    with pytest.raises(UserError, match="a Dummy has no names in files yet; known are .*Swin"):
         family_of(Dummy())
     monkeypatch.setitem(FAMILIES, Dummy, DummyFamily())
     assert isinstance(family_of(Dummy()), DummyFamily)
@@ -204,7 +204,7 @@ def test_a_family_is_one_class_and_one_line(monkeypatch):
     assert backbone_class is Dummy and list(tensors) == ["dummy.weight"]
     assert family.infer(tensors, None).fields["width"] == 4
     assert recognise(tables((7, 7), depths=(1, 1)))[0] is Swin
-    with pytest.raises(UserError, match=r"no Swin \(.*\); or Dummy \(dummy\.weight\); its 0 names"):
+    with pytest.raises(UserError, match=r"Swin \(.*\); or Dummy \(dummy\.weight\); its 0 names"):
         recognise({})
 
 

@@ -46,24 +46,33 @@ def head_entropy(
     return jnp.sum(entropy(attention) * real, axis=(-3, -1)) / jnp.sum(real)
 
 
+def place_in_windows(
+    tokens: Int[np.ndarray, "m n"], shape: tuple[int, int], query: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Window, and position in it, of the token at a row and column; None is the class token."""
+    if query is None:
+        return 0, 0
+    ((window, position),) = np.argwhere(tokens == query[0] * shape[1] + query[1])
+    return int(window), int(position)
+
+
 def attended_from(
     attention: Float[Array | np.ndarray, "m heads n n"],
     tokens: Int[np.ndarray, "m n"],
     shape: tuple[int, int],
-    query: tuple[int, int],
+    query: tuple[int, int] | None,
 ) -> Float[np.ndarray, "heads h w"]:
-    """How much one token of a map attends to each: 0 outside of its window.
+    """How much one token attends to each of a map: 0 outside of its window.
 
-    What padding gets is left out, so that a map may sum to less than 1.
+    What padding and a class token get is left out, so that a map may sum to less than 1.
 
     Args:
       attention: of one image.
       tokens: see `window_tokens`.
       shape: of the map, tokens.
-      query: row and column of the token.
+      query: row and column of the token; None is the class token.
     """
-    number = query[0] * shape[1] + query[1]
-    ((window, position),) = np.argwhere(tokens == number)
+    window, position = place_in_windows(tokens, shape, query)
     return _on_map(np.asarray(attention)[window, :, position], tokens[window], shape)
 
 
@@ -153,13 +162,13 @@ class Attention:
         ]  # fmt: skip
 
     def seen_from(
-        self, block: int, image: int, query: tuple[int, int], mass: float
+        self, block: int, image: int, query: tuple[int, int] | None, mass: float
     ) -> tuple[Float[np.ndarray, "heads h w"], Bool[np.ndarray, "heads h w"], np.ndarray]:
         """Where the heads of a block look from one token.
 
         Args:
           block, image: which.
-          query: row and column of the token.
+          query: row and column of the token; None is the class token.
           mass: see `mass_mask`.
 
         Returns:
@@ -171,5 +180,5 @@ class Attention:
         found = attended_from(attention, tokens, shape, query)
         flat = found.reshape(len(found), -1)
         kept = mass_mask(flat, mass).reshape(found.shape)
-        ((window, position),) = np.argwhere(tokens == query[0] * shape[1] + query[1])
+        window, position = place_in_windows(tokens, shape, query)
         return found, kept, np.asarray(entropy(attention[window, :, position]))

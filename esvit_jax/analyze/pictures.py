@@ -127,7 +127,7 @@ class AttendedPicture(NamedTuple):
       picture: the image.
       maps: f32[heads, h, w], what each token of the map gets.
       kept: bool[heads, h, w], the tokens that hold a share of the mass.
-      query: row and column of the token that looks.
+      query: row and column of the token that looks; None where it is not on the map.
       entropy: f32[heads], bits.
       title: to stand before them.
     """
@@ -135,7 +135,7 @@ class AttendedPicture(NamedTuple):
     picture: Picture
     maps: Float[np.ndarray, "heads h w"]
     kept: np.ndarray
-    query: tuple[int, int]
+    query: tuple[int, int] | None
     entropy: Float[np.ndarray, " heads"]
     title: str
 
@@ -205,6 +205,8 @@ def _outline(axes: "Axes", kept: np.ndarray, size: tuple[int, int]) -> None:
 
 
 def _mark(axes: "Axes", row: AttendedPicture) -> None:
+    if row.query is None:
+        return
     rows, columns = row.maps.shape[1:]
     height, width = row.picture.shape[:2]
     x, y = (row.query[1] + 0.5) * width / columns, (row.query[0] + 0.5) * height / rows

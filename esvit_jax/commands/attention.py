@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -194,21 +195,32 @@ def _draw(
     )  # fmt: skip
     files = ["entropy.png", "regions.png"]
     for block in blocks:
-        shape = attention.shape(block)
+        queries = _queries(attention, block, arguments.at or QUERIES)
         for i, picture in enumerate(shown):
             rows = []
-            for point in arguments.at or QUERIES:
-                row, column = (
-                    min(int(share * n), n - 1) for share, n in zip(point, shape, strict=True)
-                )
-                query = row, column
+            for title, query in queries.items():
                 found, kept, bits = attention.seen_from(block, i, query, arguments.mass)
-                title = f"from row {row}, column {column}"
                 rows.append(pictures.AttendedPicture(picture, found, kept, query, bits, title))
             files.append(f"block_{block}_image_{i}.png")
             title = f"{names[i]}: block {block} (stage {attention.blocks[block].stage + 1})"
             pictures.attention_figure(rows, title, os.path.join(folder, files[-1]))
     return files
+
+
+def _queries(
+    attention: "Attention", block: int, points: Sequence[tuple[float, float]]
+) -> dict[str, tuple[int, int] | None]:
+    """What looks, by its title: the class token where a block has one, and tokens of the map."""
+    queries: dict[str, tuple[int, int] | None] = {}
+    if attention.blocks[block].num_global and attention.blocks[block].window_size is None:
+        queries["from the class token"] = None
+    for point in points:
+        row, column = (
+            min(int(share * n), n - 1)
+            for share, n in zip(point, attention.shape(block), strict=True)
+        )
+        queries[f"from row {row}, column {column}"] = row, column
+    return queries
 
 
 def _table(heads: "list[HeadsOfBlock]") -> "Table":

@@ -20,6 +20,7 @@ from esvit_jax.bench.timing import Timing
 from esvit_jax.commands.arguments import ConfigParser, add_json, path
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError, renamed
+from esvit_jax.models import PRESETS, Swin
 from esvit_jax.planning.plan import IMAGENET_IMAGES
 
 PARTS = ("step", "split", "losses", "input")
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser = argument_parser()
     config, arguments = parser.parse(argv)
     parts = [part for part in arguments.parts.split(",") if part]
-    check_arguments(arguments, parts)
+    check_arguments(config, arguments, parts)
     console = Console(stderr=arguments.json)
     result = measure(config, arguments, parts, console)
     if arguments.json:
@@ -119,7 +120,7 @@ def as_json(value: Any) -> Any:
     return [as_json(x) for x in value] if isinstance(value, list) else value
 
 
-def check_arguments(arguments: argparse.Namespace, parts: list[str]) -> None:
+def check_arguments(config: ConfigDict, arguments: argparse.Namespace, parts: list[str]) -> None:
     """Refuses what cannot be timed, before anything is compiled.
 
     Raises:
@@ -135,6 +136,9 @@ def check_arguments(arguments: argparse.Namespace, parts: list[str]) -> None:
         raise UserError("--parts=input needs --photos=FOLDER, a folder of photos")
     if arguments.alone and not arguments.peer:
         raise UserError("--alone needs --peer=torch or --peer=torch-compiled")
+    if arguments.peer and PRESETS[config.backbone.name][0] is not Swin:
+        message = f"the peer is a Swin, and config.backbone.name is {config.backbone.name}"
+        raise UserError(message, argument="--peer", value=arguments.peer)
     batches = arguments.loss_batches.split(",")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         message = "whole numbers from 1, with commas between"

@@ -111,11 +111,12 @@ FIELDS: dict[str, Field] = {
         None, "attention heads of each stage", optional(whole_numbers(1, 10_000))),
     "backbone.window_size": Field(None, "tokens along a window's side", optional(whole(1, 1000))),
     "backbone.patch_size": Field(None, "pixels along a patch's side", optional(PIXELS)),
-    "backbone.image_size": Field(None, "pixels; fixes windows and shifts", optional(PIXELS)),
+    "backbone.image_size": Field(
+        None, "pixels; fixes windows and shifts, or the position embedding", optional(PIXELS)),
     "backbone.drop_path_rate": Field(None, "of the last block", optional(number(0, 1, without=1))),
     "backbone.attention_dtype": Field(None, "of the attention logits", optional(DTYPE)),
     "backbone.attention": Field(
-        None, "by which code windows are attended; auto is the kernel (pallas) on TPUs",
+        None, "by which code; auto is the kernel (pallas) on TPUs, of a ViT cuDNN's on GPUs",
         optional(one_of("xla", "pallas", "auto")), free=True),
 
     "head.num_prototypes": Field(65536, "K, of each of the two heads", whole(2, 100_000_000)),

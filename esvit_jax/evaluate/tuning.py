@@ -118,12 +118,12 @@ def finetune_optimizer(
 def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     """layer_decay ** (layers above), for each tensor of {"backbone", "head"}.
 
-    The layers are the patch embedding, every block (with the merging that follows it, if any), and
-    the head with the norm before it.
+    The layers are what makes tokens of an image, every block (with the merging that follows it, if
+    any), and the head with the norm before it.
     """
     stages = params["backbone"]
     depths: dict[str, int] = {}  # blocks before a stage
-    total = 0
+    total = sum(name.startswith("blocks_") for name in stages)  # of a ViT, whose stage has no name
     for i in range(sum(name.startswith("layers_") for name in stages)):
         depths[f"layers_{i}"] = total
         total += sum(name.startswith("blocks_") for name in stages[f"layers_{i}"])
@@ -131,8 +131,10 @@ def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     def share(path: tuple, _: Any) -> float:
         part, *names = (key.key for key in path)
         layer = total + 1
-        if part == "backbone" and names[0] == "patch_embed":
+        if part == "backbone" and names[0] in ("patch_embed", "cls_token", "pos_embed"):
             layer = 0
+        elif part == "backbone" and names[0].startswith("blocks_"):
+            layer = int(names[0].removeprefix("blocks_")) + 1
         elif part == "backbone" and names[0] in depths:
             stage, inner = names[:2]
             last = sum(name.startswith("blocks_") for name in stages[stage])

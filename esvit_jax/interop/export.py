@@ -110,7 +110,7 @@ CARD = """\
 |---|---|
 | architecture | {architecture} |
 | parameters | {parameters:,}, float32 |
-| features | {features} an image (the mean of the regions), and as many a region |
+| features | {features} an image ({view_feature}), and as many a region |
 | input | RGB, {size} × {size}: shorter side to {resize_size} pixels (bicubic), then the centre |
 | normalisation | (pixels / 255 − mean) / std, mean {mean}, std {std} |
 | weights | the {key}'s |
@@ -146,6 +146,7 @@ def model_card(
         architecture=source.architecture,
         parameters=sum(x.size for x in jax.tree.leaves(source.params)),
         features=backbone.num_features,
+        view_feature=backbone.view_feature,
         size=source.image_size,
         resize_size=source.resize_size,
         mean=", ".join(map(str, views.mean)),

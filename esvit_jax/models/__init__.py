@@ -5,8 +5,9 @@ from esvit_jax.models.esvit import EsViT, EsViTOutput, HeadOutput
 from esvit_jax.models.presets import PRESETS, create_backbone, create_model
 from esvit_jax.models.resnet import ResNet
 from esvit_jax.models.swin import Swin
+from esvit_jax.models.vit import ViT
 
 __all__ = [
     "PRESETS", "Backbone", "BackboneOutput", "EsViT", "EsViTOutput", "HeadOutput", "ResNet",
-    "StageInfo", "Swin", "create_backbone", "create_model",
+    "StageInfo", "Swin", "ViT", "create_backbone", "create_model",
 ]  # fmt: skip

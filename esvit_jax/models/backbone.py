@@ -1,7 +1,7 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flax import linen as nn
 from flax import struct
@@ -70,7 +70,12 @@ class Backbone(nn.Module):
     A subclass has as fields what its presets set, `image_size` (pixels along the images that it is
     trained on) and, for `models.create_model`, `dtype` (of matrix products) and `remat` (what the
     backward pass computes again).
+
+    Attributes:
+      view_feature: what the feature of a view is, in words.
     """
+
+    view_feature: ClassVar[str] = "the mean of the regions"
 
     @property
     def num_features(self) -> int:

@@ -11,6 +11,7 @@ from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.esvit import EsViT
 from esvit_jax.models.resnet import ResNet
 from esvit_jax.models.swin import Swin
+from esvit_jax.models.vit import ViT
 
 # A name's class and the fields that make it; drop-path rates are the published ones.
 PRESETS: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
@@ -27,6 +28,9 @@ PRESETS: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
         embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), drop_path_rate=0.2
     )),
     "resnet50": (ResNet, dict(depths=(3, 4, 6, 3), base_width=64)),
+    "vit_tiny": (ViT, dict(embed_dim=192, depths=(12,), num_heads=(3,), drop_path_rate=0.1)),
+    "vit_small": (ViT, dict(embed_dim=384, depths=(12,), num_heads=(6,), drop_path_rate=0.1)),
+    "vit_base": (ViT, dict(embed_dim=768, depths=(12,), num_heads=(12,), drop_path_rate=0.1)),
 }  # fmt: skip
 
 

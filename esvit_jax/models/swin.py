@@ -125,11 +125,12 @@ def square_means(x: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
 
 
 class PatchEmbed(nn.Module):
-    """Patches to features: a convolution without overlap, then a norm."""
+    """Patches to features: a convolution without overlap, then a norm (a ViT has none)."""
 
     embed_dim: int
     patch_size: int
     dtype: DTypeLike = jnp.float32
+    norm: bool = True
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -147,7 +148,7 @@ class PatchEmbed(nn.Module):
             dtype=self.dtype,
             name="proj",
         )(images)
-        return LayerNorm(dtype=self.dtype, name="norm")(x)
+        return LayerNorm(dtype=self.dtype, name="norm")(x) if self.norm else x
 
 
 class Stage(nn.Module):

@@ -207,7 +207,10 @@ def peer_or_refuse(source: Exportable, peer: Peer[Any] | None, library: str) -> 
 
 
 def size_ranges(sizes: Sequence[int]) -> str:
-    """Ascending sizes as ranges: "193 to 224 pixels"."""
+    """Ascending sizes as ranges: "193 to 224 pixels", or "16, 32, … 448 pixels"."""
+    steps = set(np.diff(sizes).tolist())
+    if len(sizes) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{sizes[0]}, {sizes[1]}, … {sizes[-1]} pixels"
     starts = [s for s in sizes if s - 1 not in sizes]
     ends = [s for s in sizes if s + 1 not in sizes]
     pairs = zip(starts, ends, strict=True)

@@ -27,11 +27,9 @@ USAGE = """\
 ```python
 from transformers import AutoImageProcessor, {model}
 
-model = {model}.from_pretrained("FOLDER")
+model = {model}.from_pretrained("FOLDER"{options})
 processor = AutoImageProcessor.from_pretrained("FOLDER")
-out = model(**processor(images, return_tensors="pt"))
-out.pooler_output      # view features [b, d]
-out.last_hidden_state  # region features [b, h * w, d]
+{snippet}
 ```
 
 {advice}"""
@@ -50,7 +48,8 @@ def usage(source: Exportable) -> str:
     """How to load the folder, and for which images."""
     peer = _peer(source)
     advice = peer.advice.format(sizes=size_ranges(peer.agreeing_sizes(source.backbone)))
-    return USAGE.format(model=peer.model, advice=advice)
+    options = "".join(f", {name}={value!r}" for name, value in peer.options.items())
+    return USAGE.format(model=peer.model, options=options, snippet=peer.snippet, advice=advice)
 
 
 def write(source: Exportable, folder: Path) -> None:
@@ -65,7 +64,8 @@ def write(source: Exportable, folder: Path) -> None:
 
 def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[Reading]:
     """Yields the features of our own network and, if it is installed, of transformers."""
-    params = read_weights(source, folder, _peer(source))
+    peer = _peer(source)
+    params = read_weights(source, folder, peer)
     yield Reading("esvit_jax", source.features(params, images), OWN_BOUND)
     try:
         import torch
@@ -74,13 +74,13 @@ def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[R
     except ImportError:
         return
     reader = f"transformers {transformers.__version__}"
-    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **peer.options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise RunError(f"{reader} cannot read the files: {problem} {report[problem]}")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with torch.no_grad():
-        features = model.eval()(pixels).pooler_output.numpy()
+        features = peer.view_features(model.eval(), pixels).numpy()
     yield Reading(reader, features, LIBRARY_BOUND)
 
 

@@ -35,11 +35,10 @@ from safetensors.torch import load_file
 model = timm.models.{model}(
     {arguments},
     num_classes=0,
-    norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),  # timm's own is 1e-5
+    norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),  # as it was trained
 ).eval()
 model.load_state_dict(load_file("FOLDER/model.safetensors"))
-model(images)                   # view features [b, d], images [b, 3, h, w]
-model.forward_features(images)  # region features [b, h, w, d]
+{snippet}
 ```
 
 {advice}"""
@@ -63,7 +62,7 @@ def usage(source: Exportable) -> str:
     peer = _peer(source)
     arguments = ",\n    ".join(f"{name}={value}" for name, value in _arguments(source).items())
     advice = peer.advice.format(sizes=size_ranges(peer.agreeing_sizes(source.backbone)))
-    return USAGE.format(model=peer.model, arguments=arguments, advice=advice)
+    return USAGE.format(model=peer.model, arguments=arguments, snippet=peer.snippet, advice=advice)
 
 
 def write(source: Exportable, folder: Path) -> None:
@@ -93,7 +92,7 @@ def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[R
         raise RunError(f"{reader} cannot read the files: {error}") from error
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with torch.no_grad():
-        features = model.eval()(pixels).numpy()
+        features = peer.view_features(model.eval(), pixels).numpy()
     yield Reading(reader, features, LIBRARY_BOUND)
 
 

@@ -22,6 +22,11 @@ class Inferred(NamedTuple):
     note: str
 
 
+def _pooled(model: Any, pixels: Any) -> Any:
+    """What most models of transformers call view features, some with a map's axes left."""
+    return model(pixels).pooler_output.flatten(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Peer(Generic[B]):
     """How another library (timm, transformers) holds the backbones of a family.
@@ -36,6 +41,9 @@ class Peer(Generic[B]):
         computes the same features.
       difference: why others do not agree, after "the library would compute other features".
       advice: for the model card, a paragraph; {sizes} stands for the agreeing sizes.
+      view_features: (the library's model, pixels [b, 3, h, w]) -> [b, d], its tensors.
+      snippet: for the model card, the lines of Python that follow the loading of the model.
+      options: what transformers' loader has to be told beside the folder.
     """
 
     model: str
@@ -45,6 +53,12 @@ class Peer(Generic[B]):
     agreeing_sizes: Callable[[B], list[int]]
     difference: str
     advice: str
+    view_features: Callable[[Any, Any], Any] = _pooled
+    snippet: str = """\
+out = model(**processor(images, return_tensors="pt"))
+out.pooler_output      # view features [b, d]
+out.last_hidden_state  # region features [b, h * w, d]"""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Family(Generic[B]):

@@ -35,8 +35,10 @@ from jaxtyping import Float
 from esvit_jax.errors import UserError
 from esvit_jax.interop.names.base import Family, Inferred, Peer
 from esvit_jax.interop.names.published import Tensors
+from esvit_jax.interop.names.spelling import Spelling
 from esvit_jax.models import Swin
 from esvit_jax.models.attention import relative_position_index
+from esvit_jax.models.resize import bicubic_matrix
 
 PATCHES = "patch_embed.proj.weight"
 TABLE = "attn.relative_position_bias_table"
@@ -99,60 +101,24 @@ def _agreeing_sizes(backbone: Swin, agrees: Callable[[int, int, int], bool]) -> 
 # transformers
 
 # The names that transformers 4 uses; transformers 5 renames them when it reads them.
-STARTS = {
-    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-    "patch_embed.norm.": "embeddings.norm.",
-    "layers.": "encoder.layers.",
-    "norm.": "layernorm.",
-}
-BLOCK_PARTS = {
-    ".norm1.": ".layernorm_before.",
-    ".norm2.": ".layernorm_after.",
-    ".attn.relative_position": ".attention.self.relative_position",
-    ".attn.proj.": ".attention.output.dense.",
-    ".mlp.fc1.": ".intermediate.dense.",
-    ".mlp.fc2.": ".output.dense.",
-}
-QKV = ("query", "key", "value")
-
-
-def to_transformers(tensors: Tensors) -> Tensors:
-    """A backbone's tensors by transformers' names; qkv becomes query, key and value."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = _rename(name, STARTS, BLOCK_PARTS)
-        if ".attn.qkv." in name:
-            for part, piece in zip(QKV, np.split(tensor, 3), strict=True):
-                renamed[name.replace(".attn.qkv.", f".attention.self.{part}.")] = piece
-        else:
-            renamed[name] = tensor
-    return renamed
-
-
-def from_transformers(tensors: Tensors) -> Tensors:
-    """The inverse of `to_transformers`; a query without its key and value stays as it is."""
-    starts, parts = ({new: old for old, new in table.items()} for table in (STARTS, BLOCK_PARTS))
-    renamed = {}
-    for name, tensor in tensors.items():
-        trio = [re.sub(r"\.self\.(query|key|value)\.", f".self.{part}.", name) for part in QKV]
-        if trio[0] != trio[1] and all(part in tensors for part in trio):
-            if name != trio[0]:
-                continue  # joined to its query
-            tensor = np.concatenate([tensors[part] for part in trio])
-            name = name.replace(".attention.self.query.", ".attn.qkv.")
-        renamed[_rename(name, starts, parts)] = tensor
-    return renamed
-
-
-def _rename(name: str, starts: dict[str, str], parts: dict[str, str]) -> str:
-    for old, new in starts.items():
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in parts.items():
-        if ".blocks." in name and old in name:
-            return name.replace(old, new)
-    return name
+SPELLING = Spelling(
+    starts={
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+        "patch_embed.norm.": "embeddings.norm.",
+        "layers.": "encoder.layers.",
+        "norm.": "layernorm.",
+    },
+    parts={
+        ".norm1.": ".layernorm_before.",
+        ".norm2.": ".layernorm_after.",
+        ".attn.relative_position": ".attention.self.relative_position",
+        ".attn.proj.": ".attention.output.dense.",
+        ".mlp.fc1.": ".intermediate.dense.",
+        ".mlp.fc2.": ".output.dense.",
+    },
+    trio=".attention.self.{}.",
+)
+to_transformers, from_transformers = SPELLING.to_names, SPELLING.from_names
 
 
 def transformers_config(backbone: Swin, image_size: int) -> dict[str, Any]:
@@ -194,19 +160,10 @@ def resize_bias_table(
 ) -> Float[np.ndarray, "new_rows heads"]:
     """A table [(2w-1)², heads] for another window, as Swin does it for fine-tuning.
 
-    Bicubic (Keys' kernel with a = -0.75) over the map of relative positions, corners not aligned,
-    borders repeated: PyTorch's `interpolate(mode="bicubic")`.
+    Bicubic over the map of relative positions; see `bicubic_matrix`.
     """
     side, new_side = round(len(table) ** 0.5), 2 * window_size - 1
-    position = (np.arange(new_side) + 0.5) * side / new_side - 0.5
-    taps = np.floor(position)[:, None].astype(int) + np.arange(-1, 3)
-    distance = np.abs(position[:, None] - taps)
-    a = -0.75
-    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
-    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-    weights = np.zeros((new_side, side))
-    rows = np.arange(new_side)[:, None]
-    np.add.at(weights, (rows, taps.clip(0, side - 1)), np.where(distance <= 1, near, far))
+    weights = bicubic_matrix(side, new_side)
     square = table.reshape(side, side, -1).astype(np.float64)
     resized = np.einsum("yi,xj,ijh->yxh", weights, weights, square)
     return resized.reshape(new_side**2, -1).astype(np.float32)
@@ -255,6 +212,10 @@ class SwinFamily(Family[Swin]):
             "it takes windows and shifts from this size, and pads shifted maps after the shift"
         ),
         advice="timm takes windows and shifts from `img_size`; another size gives other features.",
+        view_features=lambda model, pixels: model(pixels),
+        snippet="""\
+model(images)                   # view features [b, d], images [b, 3, h, w]
+model.forward_features(images)  # region features [b, h, w, d]""",
     )
     transformers = Peer(
         model="SwinModel",
