@@ -478,7 +478,10 @@ def test_user_error_is_a_value_error():
 def test_a_kernel_is_not_spread():
     """Asked for by name, it is refused where it would be left out."""
     config = default_config()
-    config.parallel, config.backbone.attention = "fsdp", "pallas"
+    config.parallel, config.backbone.name = "fsdp", "resnet50"
+    with pytest.raises(UserError, match=r"^config\.parallel = 'fsdp': .* of a ResNet .*pmap"):
+        check(config)
+    config.backbone.name, config.backbone.attention = "swin_tiny", "pallas"
     with pytest.raises(UserError, match=r"^config\.backbone\.attention = 'pallas': .*fsdp"):
         check(config)
     config.backbone.attention = "auto"

@@ -256,7 +256,7 @@ def test_unlabelled_folder_trains_and_knn_is_refused(tiny_config, tmp_path):
 
 def run_steps(config, *, devices, mode, count=3):
     """Params, teacher, centers and losses after a few steps on so many devices."""
-    config.backbone.drop_path_rate = 0.5
+    config.backbone.drop_path_rate, config.parallel = 0.5, mode
     numbers = resolve(config, num_images=6000, num_devices=devices)
     built = recipe.build(config, numbers)
     params = init_params(built.model, jax.random.key(0))

@@ -109,7 +109,13 @@ def check(config: ConfigDict) -> None:
     from esvit_jax.models import create_backbone  # needs jax, unlike all the above
 
     with renamed(**{name: f"config.backbone.{name}" for name in config.backbone}):
-        create_backbone(**config.backbone)
+        backbone = create_backbone(**config.backbone)
+    if config.parallel == "fsdp" and backbone.when_spread is None:
+        raise UserError(
+            f"XLA cannot cut the convolutions of a {type(backbone).__name__} for several devices; "
+            'use "pmap"',
+            argument="config.parallel", value="fsdp",
+        )  # fmt: skip
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -1,6 +1,6 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar, NamedTuple
 
 from flax import linen as nn
@@ -73,9 +73,12 @@ class Backbone(nn.Module):
 
     Attributes:
       view_feature: what the feature of a view is, in words.
+      when_spread: fields by which XLA can cut the backbone for several devices
+        (`config.parallel="fsdp"`); None where it cannot.
     """
 
     view_feature: ClassVar[str] = "the mean of the regions"
+    when_spread: ClassVar[Mapping[str, str] | None] = None
 
     @property
     def num_features(self) -> int:

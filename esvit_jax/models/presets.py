@@ -69,6 +69,7 @@ def create_model(config: ConfigDict) -> EsViT:
     dtype = jnp.dtype(config.dtype)
     fields = dict(config.backbone)
     if config.parallel == "fsdp":
-        fields["attention"] = "xla"  # which can cut its code for several devices, and no kernel
+        backbone_class, _ = PRESETS[config.backbone.name]
+        fields |= backbone_class.when_spread or {}
     backbone = create_backbone(**fields, dtype=dtype, remat=config.remat)
     return EsViT(backbone, **config.head, region=config.loss.region, dtype=dtype)

@@ -4,7 +4,8 @@ Maps are [b, h, w, d] throughout, so that inputs need not be square. Windows and
 by `image_size`, also when a smaller view passes: a 96-px view uses the windows of a 224-px one.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ from esvit_jax.models.layers import (
     NormParameters,
     Size,
     add_bias,
+    patch_convolution,
     product,
-    uniform_fan_in,
 )
 
 
@@ -131,23 +132,14 @@ class PatchEmbed(nn.Module):
     patch_size: int
     dtype: DTypeLike = jnp.float32
     norm: bool = True
+    as_product: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         size = self.patch_size
         height, width, channels = images.shape[1:]
         images = jnp.pad(images, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
-        init = uniform_fan_in(size * size * channels)
-        x = nn.Conv(
-            self.embed_dim,
-            (size, size),
-            strides=size,
-            padding="VALID",
-            kernel_init=init,
-            bias_init=init,
-            dtype=self.dtype,
-            name="proj",
-        )(images)
+        x = patch_convolution(self.embed_dim, size, channels, self.dtype, self.as_product)(images)
         return LayerNorm(dtype=self.dtype, name="norm")(x) if self.norm else x
 
 
@@ -215,9 +207,13 @@ class Swin(Backbone):
       attention_dtype: in which attention logits are kept ("float32" or "bfloat16").
       attention: by which code windows are attended: "xla"; "pallas", the TPU kernel (interpreted
         elsewhere, which is slow); or "auto", the kernel on TPUs that have room for it.
+      patches: by which code they are embedded, "convolution" or "product"; see
+        `layers.patch_convolution`.
       remat: what the backward pass computes again: "none", "dots" (all but products with
         weights) or "block" (whole blocks).
     """
+
+    when_spread: ClassVar[Mapping[str, str]] = {"attention": "xla", "patches": "product"}
 
     embed_dim: int
     depths: Sequence[int]
@@ -231,6 +227,7 @@ class Swin(Backbone):
     attention_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    patches: str = "convolution"
 
     def stage_window(self, stage: int) -> tuple[int, int]:
         """(window size, shift) of a stage: one window over the map where that covers it."""
@@ -295,7 +292,13 @@ class Swin(Backbone):
         if drawn is not None:
             of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
         rates = np.linspace(0.0, self.drop_path_rate, depth).tolist()
-        x = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, name="patch_embed")(images)
+        x = PatchEmbed(
+            self.embed_dim,
+            self.patch_size,
+            self.dtype,
+            as_product=self.patches == "product",
+            name="patch_embed",
+        )(images)
         stage_maps, block_maps, weights = [], [], []
         for i, stage_depth in enumerate(self.depths):
             window_size, shift = self.stage_window(i)

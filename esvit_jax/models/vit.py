@@ -4,7 +4,7 @@ A class token stands before the tokens of an image's patches: it becomes the vie
 become the regions. All tokens attend to all.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import jax
@@ -164,10 +164,12 @@ class ViT(Backbone):
       drop_path_rate: of the last block; grows linearly from 0 at the first.
       dtype: of matrix products and of the tokens between blocks.
       attention: by which code: "auto" or "xla", see `attend`.
+      patches: by which code they are embedded; see `Swin`.
       remat: what the backward pass computes again; see `Swin`.
     """
 
     view_feature: ClassVar[str] = "the class token"
+    when_spread: ClassVar[Mapping[str, str]] = {"attention": "xla", "patches": "product"}
 
     embed_dim: int
     depths: Sequence[int]
@@ -178,6 +180,7 @@ class ViT(Backbone):
     drop_path_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention: str = "auto"
+    patches: str = "convolution"
     remat: str = "none"
 
     @property
@@ -229,7 +232,14 @@ class ViT(Backbone):
         class_token = self.param("cls_token", LINEAR_INIT, (1, 1, dim))
         positions = self.param("pos_embed", LINEAR_INIT, (1, 1 + self.side**2, dim))
 
-        x = PatchEmbed(dim, self.patch_size, self.dtype, norm=False, name="patch_embed")(images)
+        x = PatchEmbed(
+            dim,
+            self.patch_size,
+            self.dtype,
+            norm=False,
+            as_product=self.patches == "product",
+            name="patch_embed",
+        )(images)
         b, height, width, _ = x.shape
         tokens = 1 + height * width
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (b, 1, dim))
