@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from esvit_jax import optim, parallel, steps
 from esvit_jax.interop.names import family_of
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import Backbone, EsViT, ResNet, Swin, ViT
+from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViT
 from esvit_jax.models.layers import AXIS
 from esvit_jax.state import TrainState, create_state
 
@@ -55,6 +55,12 @@ def vit_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"patch_size": config["patch_size"], "embed_dim": config["embed_dim"]} | common(config)
 
 
+def cvt_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a CvT's file; `window_size` is 7 where it says nothing."""
+    window = {key: config[key] for key in ("window_size",) if key in config}
+    return {"embed_dims": tuple(config["embed_dims"])} | window | common(config)
+
+
 def common(config: dict[str, Any]) -> dict[str, Any]:
     """What the transformers' files say in the same words."""
     return {"depths": tuple(config["depths"]), "num_heads": tuple(config["num_heads"])}
@@ -63,6 +69,7 @@ def common(config: dict[str, Any]) -> dict[str, Any]:
 # Of each family: a key of a file's config by which it is known, its class, what its fields are.
 BACKBONES: dict[str, tuple[type[Backbone], Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "base_width": (ResNet, resnet_fields),
+    "embed_dims": (CvT, cvt_fields),
     "window_size": (Swin, swin_fields),
     "patch_size": (ViT, vit_fields),
 }
@@ -274,8 +281,8 @@ class Replay:
                 )
         return errors
 
-    def one_step(self) -> dict[str, float | None]:
-        """Errors of losses, centers, gradients, and params after one update."""
+    def stepped(self) -> tuple[TrainState, dict[str, Any]]:
+        """The state after the single step, with its gradients in front of `opt_state`; scalars."""
         golden = self.golden
         student, teacher = self.params("student"), self.params("teacher")
         centers = {"view": golden["center"][0], "region": golden["center_grid"][0]}
@@ -286,7 +293,11 @@ class Replay:
             opt_state=(*state.opt_state[:-1], optim.TeacherState(teacher)),
             centers=centers,
         )
-        state, scalars = self.step(state, self.batch())
+        return self.step(state, self.batch())
+
+    def one_step(self) -> dict[str, float | None]:
+        """Errors of losses, centers, gradients, and params after one update."""
+        state, scalars = self.stepped()
         gradients = state.opt_state[0]
         return {
             "view_loss": self.error(scalars["view_loss"], "view_loss"),

@@ -104,6 +104,8 @@ FIELDS: dict[str, Field] = {
 
     "backbone.name": Field("swin_tiny", "one of esvit_jax.models.PRESETS", text()),
     "backbone.embed_dim": Field(None, "features of the first stage", optional(FEATURES)),
+    "backbone.embed_dims": Field(
+        None, "features of each stage, for a CvT", optional(whole_numbers(1, 1_000_000))),
     "backbone.base_width": Field(
         None, "features of a ResNet's stem; doubled by every stage", optional(FEATURES)),
     "backbone.depths": Field(None, "blocks of each stage", optional(whole_numbers(1, 1000))),

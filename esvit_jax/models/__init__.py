@@ -1,6 +1,7 @@
 """Backbones, projection heads, and EsViT, which is made of both."""
 
 from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo
+from esvit_jax.models.cvt import CvT
 from esvit_jax.models.esvit import EsViT, EsViTOutput, HeadOutput
 from esvit_jax.models.presets import PRESETS, create_backbone, create_model
 from esvit_jax.models.resnet import ResNet
@@ -8,6 +9,6 @@ from esvit_jax.models.swin import Swin
 from esvit_jax.models.vit import ViT
 
 __all__ = [
-    "PRESETS", "Backbone", "BackboneOutput", "EsViT", "EsViTOutput", "HeadOutput", "ResNet",
+    "PRESETS", "Backbone", "BackboneOutput", "CvT", "EsViT", "EsViTOutput", "HeadOutput", "ResNet",
     "StageInfo", "Swin", "ViT", "create_backbone", "create_model",
 ]  # fmt: skip

@@ -34,12 +34,21 @@ class BlockInfo(NamedTuple):
       window_size: tokens along a side of its windows; None where one is over the whole map.
       shift: tokens by which the map is rolled up and left before it is cut into windows.
       num_global: tokens that stand before those of the map in each window.
+      clipped: whether windows are no larger than the map's shorter side.
     """
 
     stage: int
     window_size: int | None
     shift: int = 0
     num_global: int = 0
+    clipped: bool = False
+
+    def window(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of its windows on a map of this size, tokens."""
+        if self.window_size is None:
+            return height, width
+        size = min(self.window_size, height, width) if self.clipped else self.window_size
+        return size, size
 
 
 @struct.dataclass

@@ -58,13 +58,14 @@ class NormParameters(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + 1e-6) * scale + bias over the last axis, computed in float32.
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, computed in float32.
 
     `nn.LayerNorm` multiplies the scale by 1 / sqrt(...) first; for the gradient of that product a
     CPU keeps the scale once for every row.
     """
 
     dtype: DTypeLike = jnp.float32
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
@@ -72,7 +73,7 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x -= jnp.mean(x, axis=-1, keepdims=True)
-        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -225,17 +226,20 @@ class Linear(nn.Module):
 
     `nn.Dense` contracts the axes of x where they are; the gradient of its kernel then contracts
     several axes at once, for which XLA transposes whole maps first (on CPU half of its time).
+    With `convolution` the kernel is [1, 1, d, features], that of a 1 x 1 convolution.
     """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    convolution: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows features"]:
-        kernel = self.param("kernel", LINEAR_INIT, (x.shape[-1], self.features))
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", LINEAR_INIT, (1, 1, *shape) if self.convolution else shape)
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        rows = product(rows, jnp.asarray(kernel, self.dtype))
+        rows = product(rows, jnp.asarray(kernel, self.dtype).reshape(shape))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             rows = add_bias(rows, bias, self.dtype)
@@ -300,6 +304,22 @@ def _gelu_backward(derivative: Array, gradient: Array) -> tuple[Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def quick_gelu(x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+    """x sigmoid(1.702 x), which keeps its derivative as `gelu` does."""
+    return _quick_gelu_forward(x)[0]
+
+
+def _quick_gelu_forward(x: Array) -> tuple[Array, Array]:
+    x32 = x.astype(jnp.float32)
+    gate = nn.sigmoid(1.702 * x32)
+    derivative = gate * (1.0 + 1.702 * x32 * (1.0 - gate))
+    return (x32 * gate).astype(x.dtype), derivative.astype(x.dtype)
+
+
+quick_gelu.defvjp(_quick_gelu_forward, _gelu_backward)
 
 
 class DropPath(nn.Module):

@@ -195,7 +195,11 @@ def peer_or_refuse(source: Exportable, peer: Peer[Any] | None, library: str) -> 
       UserError: it does not.
     """
     if peer is None:
-        raise UserError(f"{library} has no {type(source.backbone).__name__}; take another format")
+        why = source.family.why_no_peer
+        raise UserError(
+            f"{library} has no {type(source.backbone).__name__}{f' ({why})' if why else ''}; take "
+            "another format"
+        )
     sizes = peer.agreeing_sizes(source.backbone)
     if source.image_size not in sizes:
         where = f"it agrees at {size_ranges(sizes)}" if sizes else "it agrees at no size"

@@ -4,17 +4,19 @@ from typing import Any
 
 from esvit_jax.errors import UserError
 from esvit_jax.interop.names.base import Family
+from esvit_jax.interop.names.cvt import CvTFamily
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.interop.names.resnet import ResNetFamily
 from esvit_jax.interop.names.swin import SwinFamily
 from esvit_jax.interop.names.vit import ViTFamily
-from esvit_jax.models import Backbone, ResNet, Swin, ViT
+from esvit_jax.models import Backbone, CvT, ResNet, Swin, ViT
 
 # One line a family. (Each is a Family of its own class, which a table of all cannot say.)
 FAMILIES: dict[type[Backbone], Family[Any]] = {
     Swin: SwinFamily(),
     ResNet: ResNetFamily(),
     ViT: ViTFamily(),
+    CvT: CvTFamily(),
 }
 
 

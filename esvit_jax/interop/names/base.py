@@ -71,6 +71,7 @@ class Family(Generic[B]):
       signature: the tensors by which it is recognised, in words.
       buffers: last parts of the names of tensors that hold no weights.
       timm, transformers: the family in these libraries; None where they lack it.
+      why_no_peer: what to know of a library that has none, in words.
       supervised_remark: what to know of a supervised one that is converted, in words.
     """
 
@@ -78,6 +79,7 @@ class Family(Generic[B]):
     buffers: tuple[str, ...] = ()
     timm: Peer[B] | None = None
     transformers: Peer[B] | None = None
+    why_no_peer: str = ""
     supervised_remark: str = ""
 
     def published_names(self, tensors: Tensors) -> Tensors:

@@ -40,6 +40,11 @@ def _room() -> int:
     return next((mib for name, mib in ROOM.items() if kind.startswith(name)), 0) * 2**20
 
 
+def for_tpu() -> bool:
+    """Whether what is traced is for a TPU."""
+    return bool(_room())
+
+
 def chosen(attention: str, layout: Layout, maps: Any, dtype: Any) -> bool:
     """Whether windows are attended by the kernel: "pallas" says so, "auto" on a TPU that can.
 
