@@ -24,7 +24,7 @@ def window_tokens(height: int, width: int, block: BlockInfo) -> Int[np.ndarray, 
       height, width: of the map, tokens.
       block: its windows.
     """
-    h, w = (block.window_size or side for side in (height, width))
+    h, w = block.window(height, width)
     tokens = np.full((height + -height % h, width + -width % w), -1)
     tokens[:height, :width] = np.arange(height * width).reshape(height, width)
     tokens = np.roll(tokens, (-block.shift, -block.shift), axis=(0, 1))
@@ -155,8 +155,8 @@ class Attention:
         """A line of a table for every block."""
         return [
             HeadsOfBlock(
-                info.stage, info.window_size, info.shift, self.tokens(block).shape[1],
-                self.entropy(block).mean(0),
+                info.stage, info.window_size and info.window(*self.shape(block))[0], info.shift,
+                self.tokens(block).shape[1], self.entropy(block).mean(0),
             )
             for block, info in enumerate(self.blocks)
         ]  # fmt: skip

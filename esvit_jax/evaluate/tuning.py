@@ -118,8 +118,8 @@ def finetune_optimizer(
 def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     """layer_decay ** (layers above), for each tensor of {"backbone", "head"}.
 
-    The layers are what makes tokens of an image, every block (with the merging that follows it, if
-    any), and the head with the norm before it.
+    The layers are what makes tokens of an image, every block (with the merging or the convolution
+    between stages that follows it, if any), and the head with the norm before it.
     """
     stages = params["backbone"]
     depths: dict[str, int] = {}  # blocks before a stage
@@ -127,6 +127,9 @@ def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     for i in range(sum(name.startswith("layers_") for name in stages)):
         depths[f"layers_{i}"] = total
         total += sum(name.startswith("blocks_") for name in stages[f"layers_{i}"])
+    for i in range(sum(name.startswith("stage") for name in stages) // 2):  # of a CvT
+        depths[f"stage{i}_0"] = depths[f"stage{i}_1"] = total  # the convolution, and the blocks
+        total += sum(name.endswith("_0") for name in stages[f"stage{i}_1"])
 
     def share(path: tuple, _: Any) -> float:
         part, *names = (key.key for key in path)
@@ -135,6 +138,9 @@ def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
             layer = 0
         elif part == "backbone" and names[0].startswith("blocks_"):
             layer = int(names[0].removeprefix("blocks_")) + 1
+        elif part == "backbone" and names[0].startswith("stage"):
+            is_block = names[0].endswith("_1")
+            layer = depths[names[0]] + (int(names[1].split("_")[1]) + 1 if is_block else 0)
         elif part == "backbone" and names[0] in depths:
             stage, inner = names[:2]
             last = sum(name.startswith("blocks_") for name in stages[stage])

@@ -20,12 +20,12 @@ ATTENTION = {
 OTHER = "other"
 # The first pattern that the name of an operation has in it says which part it is of.
 PARTS = (
-    (r"/mlp(/|$)", "MLPs"),
-    (r"/blocks_\d+(/|$)", "norms of blocks"),
-    (r"/downsample(/|$)", "patch merging"),
+    (r"/mlp(/|$)|/layers_\d+_1/fn(/|$)", "MLPs"),
+    (r"/blocks_\d+(/|$)|/layers_\d+_\d(/|$)", "norms of blocks"),
+    (r"/downsample(/|$)|/stage[1-9]\d*_0(/|$)", "patch merging"),
     (r"prototypes|last_layer|losses|kd->", "prototypes"),
     (
-        r"patch_embed|/backbone/(norm|[^/]*$)|_head(/|$)|views|vmap\(|threefry",
+        r"patch_embed|/stage0_0(/|$)|/backbone/(norm|[^/]*$)|_head(/|$)|views|vmap\(|threefry",
         "patch embedding, views, heads",
     ),
     (r"jvp\(", "prototypes"),  # of what has gradients only the losses have no module
@@ -71,7 +71,7 @@ def part_of(origin: str) -> str:
     >>> part_of("jit(step)/jvp(EsViT.forward)/backbone/layers_0/blocks_1/attn/qkv/dot_general")
     'window attention, student forward'
     """
-    if re.search(r"/attn(/|$)", origin):
+    if re.search(r"/attn(/|$)|/layers_\d+_0/fn(/|$)", origin):
         student = "backward" if "transpose(" in origin else "forward"
         return ATTENTION[student if "jvp(" in origin else "teacher"]
     first = origin.partition(";")[0]  # of several that were made one
