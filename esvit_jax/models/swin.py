@@ -213,7 +213,7 @@ class Swin(Backbone):
         weights) or "block" (whole blocks).
     """
 
-    when_spread: ClassVar[Mapping[str, str]] = {"attention": "xla", "patches": "product"}
+    when_spread: ClassVar[Mapping[str, str] | None] = {"attention": "xla", "patches": "product"}
 
     embed_dim: int
     depths: Sequence[int]

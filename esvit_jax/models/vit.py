@@ -169,7 +169,7 @@ class ViT(Backbone):
     """
 
     view_feature: ClassVar[str] = "the class token"
-    when_spread: ClassVar[Mapping[str, str]] = {"attention": "xla", "patches": "product"}
+    when_spread: ClassVar[Mapping[str, str] | None] = {"attention": "xla", "patches": "product"}
 
     embed_dim: int
     depths: Sequence[int]
