@@ -207,7 +207,7 @@ class LoadedModel(NamedTuple):
       step: training steps behind it.
 
     Where `origin["parts"]` is "backbone" (a converted backbone), student and teacher are the same
-    {"backbone"} and the centers are {}.
+    {"backbone"} and the centers are {}. Of an export with one network the other one is None.
     """
 
     config: ConfigDict
@@ -226,12 +226,14 @@ class LoadedModel(NamedTuple):
             checkpoint was converted for its student (`origin["key"]`).
 
         Raises:
-          UserError: another key.
+          UserError: another key, or that of a network that is not there.
         """
         networks = {"teacher": self.teacher, "student": self.student}
         key = key or self.origin.get("key", "teacher")
         if key not in networks:
             raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
+        if networks[key] is None:
+            raise UserError("it was exported without that one", argument="key", value=key)
         return networks[key]
 
 

@@ -32,6 +32,10 @@ def write_config(
     temporary.replace(directory / name)
 
 
+class NotOurs(UserError):
+    """A config.json that is another program's, or none at all."""
+
+
 @buckets.reads_bucket
 def read_config(
     workdir: str | os.PathLike, name: str = "config.json"
@@ -39,7 +43,8 @@ def read_config(
     """What `write_config` wrote, checked; None where there is no such file.
 
     Raises:
-      UserError: the file is not one of ours, or somebody has set a field to what cannot work.
+      NotOurs: the file is not one of ours.
+      UserError: it cannot be read, or somebody has set a field to what cannot work.
     """
     path = buckets.ready_path(workdir) / name
     if not path.exists():
@@ -49,9 +54,9 @@ def read_config(
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not the config of a run: it is no JSON, {error}") from error
+        raise NotOurs(f"{path} is not the config of a run: it is no JSON, {error}") from error
     if not (isinstance(content, dict) and {"config", "facts"} <= content.keys()):
-        raise UserError(f'{path} is not the config of a run: it lacks "config" or "facts"')
+        raise NotOurs(f'{path} is not the config of a run: it lacks "config" or "facts"')
     fields, origin = content["config"], content["facts"]
     if not (isinstance(fields, dict) and isinstance(origin, dict)):
         raise UserError(f'{path} is not the config of a run: "config" and "facts" are objects')

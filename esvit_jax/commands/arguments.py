@@ -139,10 +139,25 @@ def several(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
 def add_network(parser: argparse.ArgumentParser) -> None:
     """--workdir, --step and --strict: a trained network on disk."""
     parser.add_argument(
-        "--workdir", required=True, type=path, help="of a run, or a converted checkpoint"
-    )
+        "--workdir", required=True, type=path,
+        help="of a run, a converted checkpoint, or an export",
+    )  # fmt: skip
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     add_strict(parser)
+
+
+def open_network(arguments: argparse.Namespace) -> "LoadedModel":
+    """The network that the flags of `add_network`, and those of `add_key` if there are, name.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    from esvit_jax.interop.exported import load_network
+
+    loaded = load_network(arguments.workdir, arguments.step, strict=arguments.strict)
+    with renamed(key="--key"):
+        loaded.network(getattr(arguments, "key", None))
+    return loaded
 
 
 def add_strict(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from esvit_jax.commands.arguments import (
     add_key,
     add_network,
     add_split,
+    open_network,
     open_split,
     output_folder,
     path,
@@ -72,7 +73,6 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from esvit_jax.analyze.attention import Attention
-    from esvit_jax.checkpoint import load_model
     from esvit_jax.runlog.alive import say, signs_of_life
 
     quiet_libraries()
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing: the folder to draw in, as the images are not the run's")
     if not arguments.out:
         folder = os.path.join(folder, "attention")
-    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
+    loaded = open_network(arguments)
     blocks = _blocks(loaded, arguments.block)
     names, images = _images(loaded, arguments)
     with signs_of_life(lambda: f"attention in {len(names)} images", console):

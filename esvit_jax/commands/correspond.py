@@ -11,6 +11,7 @@ from esvit_jax.commands.arguments import (
     add_key,
     add_network,
     add_split,
+    open_network,
     open_split,
     output_folder,
     path,
@@ -61,17 +62,15 @@ def main(argv: list[str]) -> None:
 
     from rich.console import Console
 
-    from esvit_jax.checkpoint import load_model
+    from esvit_jax.interop.exported import load_network
     from esvit_jax.runlog.alive import say
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
     folder = output_folder(arguments, own=not arguments.images)
-    loaded = {
-        workdir: load_model(workdir, step, strict=arguments.strict)
-        for workdir, step in ((arguments.workdir, arguments.step), (arguments.against, None))
-        if workdir
-    }
+    loaded = {arguments.workdir: open_network(arguments)}
+    if arguments.against:
+        loaded[arguments.against] = load_network(arguments.against, strict=arguments.strict)
     if arguments.images:
         if not folder:
             raise UserError("--out is missing: the folder to draw in")

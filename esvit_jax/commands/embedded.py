@@ -10,6 +10,7 @@ from esvit_jax.commands.arguments import (
     add_key,
     add_network,
     add_split,
+    open_network,
     open_split,
     output_folder,
     path,
@@ -45,13 +46,11 @@ def open_all(arguments: Any) -> "tuple[Console, LoadedModel, Source, str]":
     """
     from rich.console import Console
 
-    from esvit_jax.checkpoint import load_model
-
     quiet_libraries()
     folder = output_folder(arguments)
     if not folder:
         raise UserError("--out is missing: the folder to draw in, as the images are not the run's")
-    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
+    loaded = open_network(arguments)
     return Console(), loaded, open_split(arguments, loaded), folder
 
 

@@ -13,6 +13,7 @@ from esvit_jax.commands.arguments import (
     add_processes,
     ending_at_once,
     number,
+    open_network,
     path,
     positive,
     processes,
@@ -85,7 +86,6 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
     import jax
     from rich.console import Console
 
-    from esvit_jax.checkpoint import load_model
     from esvit_jax.config.fields import set_field
     from esvit_jax.evaluate.finetune import finetune
     from esvit_jax.evaluate.tuning import Tuning
@@ -95,7 +95,7 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
     console = Console(stderr=arguments.json)
     backbone, source, random = None, "random", {"layer_decay": 1.0}
     if config is None:
-        loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
+        loaded = open_network(arguments)
         config = loaded.config.copy_and_resolve_references()
         if not arguments.from_scratch:
             key = arguments.key or loaded.origin.get("key", "teacher")

@@ -10,6 +10,7 @@ from esvit_jax.commands.arguments import (
     add_data_dir,
     check_writable,
     data_place,
+    open_network,
     path,
     quiet_libraries,
     write_json,
@@ -110,8 +111,6 @@ def open_evaluation(arguments: Any, file: str) -> Evaluation:
     import jax
     from rich.console import Console
 
-    from esvit_jax.checkpoint import load_model
-
     quiet_libraries()
     first = jax.process_index() == 0
     named = (arguments.key, arguments.data, arguments.train_split, arguments.test_split,
@@ -119,7 +118,7 @@ def open_evaluation(arguments: Any, file: str) -> Evaluation:
     out = arguments.out or (None if any(named) else os.path.join(arguments.workdir, file))
     if arguments.out and first:
         check_writable(arguments.out, "--out")
-    loaded = load_model(arguments.workdir, arguments.step, strict=arguments.strict)
+    loaded = open_network(arguments)
     if out and first and not arguments.out:
         check_writable(out, "--out")
     console = Console(stderr=arguments.json, quiet=not first)

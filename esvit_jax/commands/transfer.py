@@ -13,6 +13,7 @@ from esvit_jax.commands.arguments import (
     add_network,
     check_writable,
     ending_at_once,
+    open_network,
     path,
     positive,
     quiet_libraries,
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--against", type=path, metavar="DIR",
-        help="workdir or converted checkpoint of another network to compare with",
+        help="workdir, converted checkpoint or export of another network to compare with",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=path, help="JSON file to write (default: transfer.json in the workdir)"
@@ -70,15 +71,15 @@ def run(arguments: Any) -> None:
     """Evaluates."""
     from rich.console import Console
 
-    from esvit_jax.checkpoint import load_model
     from esvit_jax.evaluate.transfer import PROTOCOLS, transfer_table, wins
+    from esvit_jax.interop.exported import load_network
     from esvit_jax.runlog.alive import say
 
     quiet_libraries()
     console = Console(stderr=arguments.json)
-    networks = [load_model(arguments.workdir, arguments.step, strict=arguments.strict)]
+    networks = [open_network(arguments)]
     if arguments.against:
-        networks.append(load_model(arguments.against, strict=arguments.strict))
+        networks.append(load_network(arguments.against, strict=arguments.strict))
     out = arguments.out or os.path.join(arguments.workdir, "transfer.json")
     check_writable(out, "--out")
     protocol = dataclasses.replace(PROTOCOLS[arguments.protocol], shots=arguments.shots)

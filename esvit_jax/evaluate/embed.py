@@ -15,11 +15,12 @@ from etils import epath
 from rich.console import Console
 
 from esvit_jax import buckets, processes
-from esvit_jax.checkpoint import LoadedModel, load_model
+from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.cache import NetworkFeatures
 from esvit_jax.evaluate.parts import WRITERS, Parts
+from esvit_jax.interop.exported import load_network
 from esvit_jax.runlog.alive import say, signs_of_life
 
 
@@ -115,7 +116,7 @@ def embed(
     make one file between them: the one that any of them would make alone.
 
     Args:
-      network: a workdir or a converted checkpoint, or what `load_model` made of it.
+      network: a workdir, a converted checkpoint or an export, or what was loaded of it.
       data: as `config.data.name`, or an open source; None is what the run trained on.
       out: .npz or .parquet file to make, local or gs://, or None to get the arrays. It appears when
         it is whole. After an interruption, the same call goes on where the last one was. Several
@@ -158,7 +159,7 @@ def embed(
     if isinstance(network, LoadedModel):
         loaded = network
     else:
-        loaded = load_model(network, step, strict=strict)
+        loaded = load_network(network, step, strict=strict)
     source = _open(loaded, data, split, data_dir)
     columns = ("view_features", "region_features") if regions else ("view_features",)
     work = NetworkFeatures(loaded, [source], columns, batch_size=batch_size)

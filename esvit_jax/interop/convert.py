@@ -16,6 +16,7 @@ import numpy as np
 from esvit_jax import buckets, checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError, renamed
+from esvit_jax.interop.config_beside import config_of
 from esvit_jax.interop.files import Contents, naming, read_tensors, sort_contents
 from esvit_jax.interop.folders import new_folder
 from esvit_jax.interop.infer import LARGEST_IMAGE, check_fit, infer_config
@@ -35,13 +36,16 @@ def convert(
 ) -> list[str]:
     """Writes the networks of a PyTorch checkpoint as a directory of `checkpoint.load_model`.
 
+    What shapes do not tell is taken from the config that an export of ours has beside its file.
+
     Args:
       source: .pth (needs torch) or .safetensors file, local or gs://.
       directory: to be made; whole or not at all.
       key: the network that evaluation, exports and `config.init_from` use, "teacher" or "student".
       window_size: tokens along a side; resizes the bias tables to windows of this size; None keeps
         them.
-      image_size: pixels the network was trained with; None infers it, see `Family.infer`.
+      image_size: pixels the network was trained with; None takes it from the config beside the
+        file, or infers it, see `Family.infer`.
       report: called with what is being done, a line each.
 
     Returns:
@@ -49,8 +53,8 @@ def convert(
 
     Raises:
       UserError: the file cannot be read or does not fit (every name and shape that does not, and
-        every tensor that is not finite, is listed), the directory cannot be made, or an argument
-        is wrong. Nothing is written then.
+        every tensor that is not finite, is listed) or is not what the config beside it says, the
+        directory cannot be made, or an argument is wrong. Nothing is written then.
     """
     if key not in ("teacher", "student"):
         raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
@@ -64,10 +68,11 @@ def convert(
     ):  # fmt: skip
         report(f"reading {file}")
         tensors = read_tensors(file)
+        told = config_of(source)
         with naming(file, own=("key", "image_size")):
             contents = sort_contents(tensors)
             network = contents.network_name(key)
-            config, notes = infer_config(contents, network, image_size)
+            config, notes = infer_config(contents, network, image_size, told)
             model = create_model(config)
             check_fit(contents, model)
 

@@ -8,16 +8,22 @@ import numpy as np
 
 from esvit_jax.config import ConfigDict, check, default_config
 from esvit_jax.errors import UserError
+from esvit_jax.interop.config_beside import OurConfig
 from esvit_jax.interop.files import Contents
 from esvit_jax.interop.names.published import Tensors, state_dict_from_params
-from esvit_jax.models import PRESETS, Backbone, EsViT
+from esvit_jax.models import PRESETS, Backbone, EsViT, create_model
 from esvit_jax.state import init_params, zero_centers
 
+# What of a config says how images are prepared.
+IMAGE_FIELDS = (
+    ("views", "global_size"), ("views", "local_size"), ("views", "mean"), ("views", "std"),
+    ("data", "canvas_size"), ("evaluate", "size"), ("evaluate", "crop"),
+)  # fmt: skip
 LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
 
 
 def infer_config(
-    contents: Contents, network: str, image_size: int | None
+    contents: Contents, network: str, image_size: int | None, told: OurConfig | None = None
 ) -> tuple[ConfigDict, list[str]]:
     """The config of a network by its shapes, and what had to be assumed, in words.
 
@@ -28,22 +34,28 @@ def infer_config(
       contents: of a file.
       network: which of its networks.
       image_size: pixels it was trained with; None infers it, see `Family.infer`.
+      told: the config beside the file, whose backbone, and way to prepare images, are taken.
 
     Raises:
-      UserError: no backbone of its family has these shapes.
+      UserError: no backbone of its family has these shapes, or the one that is told has not.
     """
     tensors = contents.networks[network]
     config = default_config()
     config.dtype = "float32"
-    inferred = contents.family.infer(tensors, image_size)
-    for name, value in preset_and_fields(contents.backbone_class, inferred.fields).items():
-        config.backbone[name] = value
-    size = inferred.fields["image_size"]
+    if told is None:
+        inferred = contents.family.infer(tensors, image_size)
+        for name, value in preset_and_fields(contents.backbone_class, inferred.fields).items():
+            config.backbone[name] = value
+        size = inferred.fields["image_size"]
+        note = inferred.note
+    else:
+        size, note = _take_told(config, told, contents, network, image_size)
     if size > LARGEST_IMAGE:
         raise UserError(f"its shapes are those for images of {size} pixels, over {LARGEST_IMAGE}")
-    notes = [f"image size {size}: {inferred.note}"]
-    config.views.global_size = size
-    config.data.canvas_size = config.data.canvas_size * max(size, 224) // 224
+    notes = [f"image size {size}: {note}"]
+    if told is None:
+        config.views.global_size = size
+        config.data.canvas_size = config.data.canvas_size * max(size, 224) // 224
     matrices = {name: x for name, x in tensors.items() if x.ndim == 2}
     v, g = (matrices.get(f"head.last_layer.weight_{x}") for x in "vg")
     hidden, bottleneck = (matrices.get(f"head.mlp.{i}.weight") for i in (0, 4))
@@ -53,14 +65,77 @@ def infer_config(
         config.head.bottleneck_dim = bottleneck.shape[0]
         # Shapes do not tell; but norms that were free to move do not all end at 1.
         fixed = g is not None and bool(np.all(g == 1))
+        why = f"assumed, because the prototypes' norms are {'all' if fixed else 'not all'} 1"
+        if told is not None:
+            fixed, why = told.config.head.norm_last_layer, f"as {told.name} beside it says"
         config.head.norm_last_layer = fixed
-        notes.append(
-            f"norm_last_layer {fixed}: assumed, because the prototypes' norms are "
-            f"{'all' if fixed else 'not all'} 1"
-        )
+        notes.append(f"norm_last_layer {fixed}: {why}")
     config.loss.region = any(name.startswith("head_dense.") for name in tensors)
     check(config)
     return config, notes
+
+
+def _take_told(
+    config: ConfigDict,
+    told: OurConfig,
+    contents: Contents,
+    network: str,
+    image_size: int | None,
+) -> tuple[int, str]:
+    """Takes a config's backbone, and how it prepares images; returns image size and note.
+
+    Raises:
+      UserError: the shapes are not of that backbone (with `image_size`).
+    """
+    for section, name in [("backbone", name) for name in config.backbone] + [*IMAGE_FIELDS]:
+        config[section][name] = told.config[section][name]
+    note = f"as {told.name} beside it says, and how images are prepared"
+    if image_size is not None:
+        config.backbone.image_size = config.evaluate.size = image_size
+        config.data.canvas_size, note = max(config.data.canvas_size, image_size), "as told"
+    model, tensors = create_model(config), contents.networks[network]
+    size: int = getattr(model.backbone, "image_size")  # noqa: B009 - which every class has
+    expected = _expected_shapes(model, heads=False)
+    found = {name: x.shape for name, x in contents.family.weights(tensors).items()}
+    if any(found.get(name) != shape for name, shape in expected.items()):
+        _check_told(told, contents, network, model.backbone, size, image_size is not None)
+    return size, note
+
+
+def _check_told(
+    told: OurConfig,
+    contents: Contents,
+    network: str,
+    backbone: Backbone,
+    size: int,
+    from_user: bool,
+) -> None:
+    """Refuses a config that contradicts shapes; a file that lacks tensors is left to `check_fit`.
+
+    Raises:
+      UserError: in one line.
+    """
+    advice = f"; mend {told.name}, or remove it if it is another network's"
+    if type(backbone) is not contents.backbone_class:
+        raise UserError(
+            f"{told.name} beside it is of a {type(backbone).__name__}, its tensors of a "
+            f"{contents.backbone_class.__name__}{advice}"
+        )
+    try:
+        fields = contents.family.infer(contents.networks[network], size).fields
+    except UserError as error:
+        if from_user:
+            raise
+        message = f"{told.name} beside it says image_size {size}, but {error.message}{advice}"
+        raise UserError(message) from error
+    says = {name: getattr(backbone, name) for name in fields}
+    if differing := [name for name in fields if says[name] != fields[name]]:
+        told_words, shape_words = (
+            ", ".join(f"{name} {values[name]}" for name in differing) for values in (says, fields)
+        )
+        raise UserError(
+            f"{told.name} beside it says {told_words}, its shapes {shape_words}{advice}"
+        )
 
 
 def preset_and_fields(backbone_class: type[Backbone], fields: Mapping[str, Any]) -> dict[str, Any]:

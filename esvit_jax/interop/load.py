@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from esvit_jax import checkpoint, config_file
+from esvit_jax import checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import evaluation_images
-from esvit_jax.interop.files import naming, read_tensors, sort_contents
-from esvit_jax.interop.formats import FORMATS
-from esvit_jax.interop.infer import check_fit, not_finite
-from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
+from esvit_jax.interop.exported import read_export
+from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.names.published import state_dict_from_params
 from esvit_jax.models import Backbone, create_model
 
 # An image is a path, a Pillow image (which need not be installed) or an array.
@@ -68,53 +67,24 @@ def load(path: str | os.PathLike) -> LoadedBackbone:
     """
     path = os.path.expanduser(path)
     try:
-        if checkpoint.has_checkpoint(path):
-            config, params = _read_checkpoint(path)
-        else:
-            config, params = _read_export(Path(path))
+        config, params = _read(path)
     except OSError as error:
         message = f"it cannot be read: {error.strerror or error}"
         raise UserError(message, argument="path", value=path) from error
     return LoadedBackbone(create_model(config).backbone, {"params": params}, preprocessor(config))
 
 
-def _read_checkpoint(workdir: str) -> tuple[ConfigDict, Any]:
-    """The config and the backbone's params of a run or a converted checkpoint."""
+def _read(path: str) -> tuple[ConfigDict, Any]:
+    """The config and the backbone's params of a run, a converted checkpoint or an export."""
+    if not checkpoint.has_checkpoint(path):
+        loaded = read_export(Path(path))
+        return loaded.config, loaded.network()["backbone"]
     with renamed(workdir="path"):
-        loaded = checkpoint.load_model(workdir)
+        loaded = checkpoint.load_model(path)
     params = loaded.network()["backbone"]
     for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
-        raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=workdir)
+        raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=path)
     return loaded.config, params
-
-
-def _read_export(path: Path) -> tuple[ConfigDict, Any]:
-    """The config and the backbone's params of a folder of `esvit export`."""
-    folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.pth"))
-    file = path if path.is_file() else next(iter(files), None)
-    content = config_file.read_config(folder, _config_file(folder))
-    if content is None or file is None:
-        raise UserError(
-            "it is no workdir and no converted or exported checkpoint: it has no "
-            + ("config.json beside it" if content is None else "checkpoint")
-            + "; `esvit convert` takes files of other origin",
-            argument="path", value=str(path),
-        )  # fmt: skip
-    config, origin = content
-    tensors = read_tensors(file)
-    with naming(file, own=()):
-        contents = sort_contents(tensors)
-        network = contents.network_name(origin.get("key", "teacher"))
-        check_fit(contents, create_model(config))
-    weights = contents.family.weights(contents.networks[network])
-    return config, params_from_state_dict(weights)["backbone"]
-
-
-def _config_file(folder: Path) -> str:
-    """The name of our config, which another library's config.json may lie beside."""
-    special = {format.config_file for format in FORMATS.values()} - {"config.json"}
-    return next((name for name in sorted(special) if (folder / name).exists()), "config.json")
 
 
 def preprocessor(config: ConfigDict) -> Preprocess:

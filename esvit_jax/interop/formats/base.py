@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save
 
 from esvit_jax import checkpoint
 from esvit_jax.errors import UserError
+from esvit_jax.interop.exported import load_network
 from esvit_jax.interop.infer import LARGEST_IMAGE, not_finite
 from esvit_jax.interop.names import FAMILIES, family_of
 from esvit_jax.interop.names.base import Family, Peer
@@ -117,16 +118,16 @@ def load_exportable(
     """Reads the backbone of a run or a converted checkpoint.
 
     Args:
-      workdir: see `checkpoint.load_model`.
+      workdir: see `load_network`.
       key: "teacher" or "student"; None is the one that evaluation uses.
       image_size: pixels; None is the size that the run is evaluated at.
-      step, strict: see `checkpoint.load_model`.
+      step, strict: see `load_network`.
 
     Raises:
       UserError: there is no such model, its weights are not finite, or `image_size` is smaller
         than a patch or too large.
     """
-    loaded = checkpoint.load_model(workdir, step, strict=strict)
+    loaded = load_network(workdir, step, strict=strict)
     network = loaded.network(key)
     config = loaded.config
     chosen: str = key or loaded.origin.get("key", "teacher")

@@ -69,6 +69,7 @@ def published_content(source: Exportable) -> dict[str, Tensors]:
     networks = {"student": loaded.student, "teacher": loaded.teacher}
     if loaded.origin.get("parts") == "backbone":
         networks = {source.key: networks[source.key]}
+    networks = {name: params for name, params in networks.items() if params is not None}
     content = {
         name: source.family.file_names(
             state_dict_from_params(params) | source.family.buffer_tensors(source.backbone)
