@@ -1,5 +1,6 @@
 """Backbones out: names, features as other libraries compute them, refusals, model cards."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from esvit_jax import checkpoint
 from esvit_jax.commands.export import main
 from esvit_jax.config import default_config
 from esvit_jax.errors import RunError, UserError
+from esvit_jax.interop.card import sample_photos
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export
+from esvit_jax.interop.exported import PROGRAM, load_network
 from esvit_jax.interop.formats import FORMATS, esvit, huggingface, timm_file
 from esvit_jax.interop.formats.base import (
     Format,
@@ -27,7 +30,7 @@ from esvit_jax.interop.formats.base import (
     size_ranges,
     write_tensors,
 )
-from esvit_jax.interop.load import load
+from esvit_jax.interop.load import load, preprocessor
 from esvit_jax.interop.names import FAMILIES
 from esvit_jax.interop.names.published import params_from_state_dict
 from esvit_jax.interop.names.swin import SwinFamily
@@ -126,16 +129,25 @@ def photos(height, width):
     return normalized([image.resize((width, height), Image.Resampling.BICUBIC) for image in images])
 
 
-def own_features(workdir, images, key="teacher"):
-    loaded = checkpoint.load_model(workdir)
-    params = {"teacher": loaded.teacher, "student": loaded.student}[key]["backbone"]
-    backbone = loaded.model.backbone
-    return jax.jit(lambda p, x: backbone.forward(p, x).view_features)(params, images)
+def own_outputs(workdir, images):
+    """Of the teacher."""
+    backbone, variables, _ = load(workdir)
+    out: Any = jax.jit(backbone.apply)(variables, images)
+    return out
+
+
+def own_features(workdir, images):
+    return own_outputs(workdir, images).view_features
+
+
+def snippets(text):
+    """The blocks of Python in a Markdown text."""
+    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
 
 
 def snippet(text):
-    """The first block of Python in a Markdown text."""
-    return text.split("```python\n")[1].split("```")[0]
+    """The first of them."""
+    return snippets(text)[0]
 
 
 def test_sizes_as_ranges():
@@ -150,8 +162,8 @@ def test_sizes_as_ranges():
     [("huggingface", "teacher"), ("timm", "student"), ("esvit", "teacher"), ("esvit", "student")],
 )
 def test_what_is_exported_is_loaded(workdir, tmp_path, format, key):
-    errors = export(workdir, tmp_path / "out", format=format, key=key)
-    assert max(errors.values()) <= 1e-4
+    checks = export(workdir, tmp_path / "out", format=format, key=key)
+    assert max(checks.errors.values()) <= 1e-4
     backbone, variables, preprocess = load(tmp_path / "out")
     trained = checkpoint.load_model(workdir)
     expected = {"teacher": trained.teacher, "student": trained.student}[key]["backbone"]
@@ -202,7 +214,7 @@ def test_backbone_alone_is_exported(workdir, tmp_path):
 def test_a_backbone_without_names_goes_where_none_are_needed(workdir, tmp_path, monkeypatch):
     monkeypatch.delitem(FAMILIES, Swin)
     assert export(workdir, tmp_path / "out", format="stablehlo")
-    assert "| architecture | Swin |" in (tmp_path / "out" / "model_card.md").read_text()
+    assert "| architecture | Swin |" in card(tmp_path / "out")
     with pytest.raises(UserError, match="a Swin has no names in files yet"):
         export(workdir, tmp_path / "timm", format="timm")
 
@@ -210,26 +222,49 @@ def test_a_backbone_without_names_goes_where_none_are_needed(workdir, tmp_path, 
 def test_stablehlo_runs_without_this_package(workdir, tmp_path):
     export(workdir, tmp_path / "out", format="stablehlo", image_size=40)
     images = np.random.default_rng(0).normal(size=(5, 40, 40, 3)).astype(np.float32)
-    np.save(tmp_path / "out" / "images.npy", images)
-    readme = (tmp_path / "out" / "README.md").read_text()
-    code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
+    np.save(tmp_path / "images.npy", images)
     program = f"""
 import sys
 sys.modules["esvit_jax"] = None  # importing it is an error
 import numpy as np
 images = np.load("images.npy")
-{code}
-np.save("features.npy", features(images))
+{snippet(card(tmp_path / "out"))}
+maps = {{f"map{{i}}": x for i, x in enumerate(out.pop("stage_maps"))}}
+np.savez("out.npz", **out, **maps)
 assert not any(name.startswith(("flax", "esvit_jax.")) for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", check=True)
-    features = np.load(tmp_path / "out" / "features.npy")
-    assert relative_error(features, own_features(workdir, images)) <= 1e-5
-    assert len(readme.splitlines()) <= 12
-    exported = jax.export.deserialize(
-        bytearray((tmp_path / "out" / "features.jax_export").read_bytes())
-    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    found, expected = np.load(tmp_path / "out.npz"), own_outputs(workdir, images)
+    assert sorted(found) == ["map0", "map1", "region_features", "view_features"]
+    for name in ("view_features", "region_features"):
+        assert relative_error(found[name], getattr(expected, name)) <= 1e-5
+    for i, stage_map in enumerate(expected.stage_maps):
+        assert relative_error(found[f"map{i}"], stage_map) <= 1e-5
+    exported = jax.export.deserialize(bytearray((tmp_path / "out" / PROGRAM).read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_stablehlo_is_loaded(workdir, tmp_path):
+    export(workdir, tmp_path / "out", format="stablehlo")
+    backbone, variables, preprocess = load(tmp_path / "out")
+    images = preprocess([DATA / "photos" / "coffee.jpg"])
+    out: Any = jax.jit(backbone.apply)(variables, images)
+    expected = own_outputs(workdir, images)
+    for name in ("view_features", "region_features", "stage_maps"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+            getattr(out, name), getattr(expected, name),
+        )  # fmt: skip
+    assert backbone.stages == load(workdir).backbone.stages
+    with pytest.raises(UserError, match=r"images = \(1, 40, 32, 3\): .* takes 32 x 32 pixels"):
+        backbone.apply(variables, jax.numpy.zeros((1, 40, 32, 3)))
+    with pytest.raises(UserError, match="outputs = .*: the program has none of it"):
+        backbone.apply(variables, images, outputs=("attention",))
+    with pytest.raises(UserError, match="holds a program and no weights, which only `esvit_jax"):
+        load_network(tmp_path / "out")
+    (tmp_path / "out" / PROGRAM).write_bytes(b"half")
+    with pytest.raises(UserError, match="is no whole program of jax.export"):
+        load(tmp_path / "out")
 
 
 # Refusals
@@ -316,9 +351,12 @@ def test_a_format_is_one_object_and_one_line(workdir, tmp_path, monkeypatch):
     def readings(source, folder, images):
         yield Reading("again", source.features(source.params, images), 0.0)
 
-    dummy = Format(lambda source: None, write, readings, lambda source: "See FOLDER.", "our.json")
+    dummy = Format(
+        lambda source: None, write, readings, lambda source: "See FOLDER.", "a_library",
+        config_file="our.json",
+    )  # fmt: skip
     monkeypatch.setitem(FORMATS, "dummy", dummy)
-    assert export(workdir, tmp_path / "out", format="dummy") == {"again": 0.0}
+    assert export(workdir, tmp_path / "out", format="dummy") == ({"again": 0.0}, [])
     assert (tmp_path / "out" / "size").read_text() == "32"
     assert "See out." in card(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "our.json").read_text())["facts"]["format"] == "dummy"
@@ -348,7 +386,7 @@ def test_wrong_files_are_noticed(workdir, tmp_path, monkeypatch, format):
 
 
 def card(folder):
-    return (folder / "model_card.md").read_text()
+    return (folder / "README.md").read_text()
 
 
 def test_model_card(workdir, tmp_path, capsys):
@@ -374,7 +412,8 @@ def test_model_card(workdir, tmp_path, capsys):
     assert "- esvit_jax: 0.0e+00" in text
     printed, progress = capsys.readouterr()
     assert f"written: {tmp_path / 'out'}" in printed
-    assert progress.splitlines() == [
+    # transformers, where it is installed, has a line of its own.
+    assert [line for line in progress.splitlines() if line and "Loading weights" not in line] == [
         f"reading {workdir}",
         "writing it for huggingface",
         "comparing features computed from the files with the backbone's",
@@ -387,7 +426,103 @@ def test_model_card_of_an_earlier_student(workdir, tmp_path):
     assert "the student's" in text
     assert "| training | 10 steps" in text
     assert "| k-NN | not known |" in text
-    assert "    embed_dim=16,\n    depths=(2, 2)," in text
+    arguments = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert (arguments["embed_dim"], arguments["depths"], arguments["img_size"]) == (16, [2, 2], 32)
+
+
+def test_the_header_is_what_the_hub_reads(workdir, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    for format, library in (("timm", "timm"), ("huggingface", "transformers")):
+        export(workdir, tmp_path / format, format=format)
+        _, header, text = card(tmp_path / format).split("---\n", 2)
+        assert yaml.safe_load(header) == {
+            "license": "unknown",
+            "library_name": library,
+            "pipeline_tag": "image-feature-extraction",
+            "tags": ["esvit", "swin", "self-supervised-learning"],
+        }
+        assert text.startswith("\n# A backbone")
+
+
+# Checks that cannot be made
+
+
+def install(monkeypatch, folder, **packages):
+    """Packages of these sources, before all others."""
+    for name, text in packages.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(text)
+        for module in {name, *(m for m in sys.modules if m.startswith(f"{name}."))}:
+            monkeypatch.setitem(sys.modules, module, None)  # what is there comes back at the end
+            del sys.modules[module]
+    monkeypatch.syspath_prepend(folder)
+
+
+BROKEN = "raise RuntimeError('operator torchvision::nms\\n does not exist')"
+TORCH = "class Tensor: ..."
+LAZY = """
+def __getattr__(name):
+    try:
+        import torchvision
+    except RuntimeError as error:
+        raise ModuleNotFoundError("Could not import module. Look above") from error
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "packages", "line"),
+    [
+        (
+            "huggingface", {"torch": TORCH, "transformers": LAZY, "torchvision": BROKEN},
+            "not checked with transformers, because it cannot be imported (RuntimeError: operator "
+            "torchvision::nms does not exist)",
+        ),
+        (
+            "huggingface", {"torch": "raise OSError('libcudart.so.13: no such file')"},
+            "not checked with transformers, because it cannot be imported (OSError: "
+            "libcudart.so.13: no such file)",
+        ),
+        (
+            "timm", {"timm": "import torch_of_nobody"},
+            "not checked with timm, because torch_of_nobody is not installed",
+        ),
+        (
+            "esvit", {"torch": "import torch_of_nobody"},
+            "not checked with torch, because torch_of_nobody is not installed",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_checked_is_said(
+    workdir, tmp_path, monkeypatch, capsys, format, packages, line
+):
+    install(monkeypatch, tmp_path / "packages", **packages)
+    main([f"--workdir={workdir}", f"--to={tmp_path / 'out'}", f"--format={format}"])
+    assert line in capsys.readouterr().out.splitlines()
+    assert f"- {line}\n" in card(tmp_path / "out")
+    if library := FORMATS[format].pixels and FORMATS[format].library:
+        assert f"\nWhat {library} makes of images was not checked with" in card(tmp_path / "out")
+    load(tmp_path / "out")
+
+
+def test_pixels_are_measured(workdir, tmp_path, monkeypatch):
+    """Of a library that cuts the centre out as ours, but one pixel to the right."""
+
+    def pixels(source, folder, photos):
+        assert [photo.shape for photo in photos] == [(427, 640, 3)] * 2 + [(427, 427, 3)] * 2
+        assert (folder / "model.safetensors").exists()
+        ours = np.array(preprocessor(source.config)(photos))
+        ours[1] = np.roll(ours[1], 1, axis=1)
+        return ours
+
+    timm = dataclasses.replace(FORMATS["timm"], pixels=pixels)
+    monkeypatch.setitem(FORMATS, "timm", timm)
+    export(workdir, tmp_path / "out", format="timm")
+    _, flower, *_ = sample_photos()
+    images = np.array(load(tmp_path / "out").preprocess([flower]))
+    features = own_features(workdir, np.concatenate([images, np.roll(images, 1, axis=2)]))
+    percent = 100 * relative_error(features[1:], features[:1])
+    assert percent > 0.3
+    assert f"features are off by 0.0 to {percent:.1f} % of their\nlength" in card(tmp_path / "out")
 
 
 # The libraries themselves (extra torch)
@@ -436,19 +571,39 @@ def test_transformers_agrees_on_photos(nano, transformers_folder, height, width)
 
 
 @third_party
-def test_snippet_for_transformers(nano, transformers_folder, monkeypatch):
-    images = [Image.open(DATA / "photos" / name) for name in PHOTOS]
+def test_card_for_transformers(nano, transformers_folder, monkeypatch):
+    import torch
+
+    first, pyramid, exactly = snippets(card(transformers_folder))
+    large = Image.open(DATA / "photos" / "coffee.jpg").resize((1024, 683))
+    images: list[Any] = [
+        large,
+        *(Image.open(DATA / "photos" / name) for name in (*PHOTOS, "rocket.jpg")),
+    ]
     monkeypatch.chdir(transformers_folder.parent)
     scope: dict[str, Any] = {"images": images}
-    exec(snippet(card(transformers_folder)), scope)
-    assert scope["out"].pooler_output.shape == (3, 64)
-    assert scope["out"].last_hidden_state.shape == (3, 49, 64)
-    # Of the photo that fits our canvas. Pillow rounds to whole levels, ours are fractional.
-    pixels = scope["processor"](images[:1], return_tensors="np")["pixel_values"]
-    levels = (pixels.transpose(0, 2, 3, 1) * STD + MEAN) * 255
+    with torch.no_grad():
+        for lines in (first, pyramid, exactly):
+            exec(lines, scope)
+        found = torch.cat([scope["pixel_values"](image) for image in images]).numpy()
+    views = scope["processor"](images, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    ours = own_outputs(nano, views)
+    assert relative_error(scope["out"].pooler_output, ours.view_features) <= 1e-4
+    regions = ours.region_features.reshape(5, 49, 64)
+    assert relative_error(scope["out"].last_hidden_state, regions) <= 1e-4
+    assert len(scope["maps"]) == 3
+    for theirs, stage_map in zip(scope["maps"], ours.stage_maps, strict=False):
+        assert relative_error(theirs.permute(0, 2, 3, 1), stage_map) <= 1e-4
+
     _, _, preprocess = load(nano)
-    own_levels = (np.asarray(preprocess(images[:1])) * STD + MEAN) * 255
-    assert np.abs(levels - own_levels).mean() <= 0.5
+    prepared = np.asarray(preprocess(images))
+    exact = found.transpose(0, 2, 3, 1)
+    # Without torchvision, Pillow rounds to whole levels of 255, twice.
+    assert np.abs(exact - prepared).mean() <= 0.005
+    assert relative_error(own_features(nano, exact), own_features(nano, prepared)) <= 1e-3
+    # The lower of two middles is not the even one: a pixel to the left.
+    assert relative_error(views[4], prepared[4]) > 0.1 > relative_error(exact[4], prepared[4])
+    assert "transformers prepares as above, features are off by 0." in card(transformers_folder)
 
 
 @third_party
@@ -478,23 +633,42 @@ def test_published_file_of_torch(workdir, tmp_path):
     np.testing.assert_array_equal(content["dino_loss"]["center_grid"][0], centers["region"])
     assert content["dino_loss"]["center"].shape == (1, 12)
     network = {name: x.numpy() for name, x in content["teacher"].items()}
+    network = FAMILIES[Swin].weights(network)
     expected = checkpoint.load_model(workdir).teacher
     jax.tree.map(np.testing.assert_array_equal, params_from_state_dict(network), expected)
 
 
 @third_party
-def test_snippet_for_timm(nano, tmp_path, monkeypatch):
+def test_card_for_timm(nano, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
-    errors = export(nano, tmp_path / "out", format="timm")
-    assert len(errors) == 2
+    checks = export(nano, tmp_path / "out", format="timm")
+    assert len(checks.errors) == 2 and not checks.unchecked
     images = photos(224, 224)
     monkeypatch.chdir(tmp_path)
     scope = {"images": torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))}
     with torch.no_grad():
-        exec(snippet(card(tmp_path / "out")), scope)
+        for lines in snippets(card(tmp_path / "out")):
+            exec(lines, scope)
         features = scope["model"](scope["images"]).numpy()
-    assert np.abs(features - own_features(nano, images)).max() <= 1e-4
+    ours = own_outputs(nano, images)
+    assert np.abs(features - ours.view_features).max() <= 1e-4
+    for theirs, stage_map in zip(scope["maps"], ours.stage_maps, strict=True):
+        assert relative_error(theirs.permute(0, 2, 3, 1), stage_map) <= 1e-4
+    photo = Image.open(DATA / "photos" / "rocket.jpg")
+    prepared = scope["transform"](photo).numpy().transpose(1, 2, 0)
+    assert relative_error(prepared, load(nano).preprocess([photo])[0]) <= 0.01
+
+
+@third_party
+def test_card_for_esvit(workdir, tmp_path, monkeypatch):
+    export(workdir, tmp_path / "out", format="esvit")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"images": [DATA / "photos" / name for name in PHOTOS]}
+    exec(snippet(card(tmp_path / "out")), scope)
+    _, _, preprocess = load(workdir)
+    expected = own_features(workdir, preprocess(scope["images"]))
+    np.testing.assert_allclose(scope["features"], expected, atol=1e-5)
 
 
 def test_check_images_are_always_the_same():

@@ -61,7 +61,7 @@ def exports(workdir, tmp_path_factory):
 @pytest.mark.parametrize("format", WEIGHTS)
 def test_convert_takes_from_the_config_what_shapes_do_not_tell(workdir, exports, tmp_path, format):
     lines = convert(exports / format / WEIGHTS[format], tmp_path / "again")
-    name = "esvit_config.json" if format == "huggingface" else "config.json"
+    name = "config.json" if format == "esvit" else "esvit_config.json"
     assert f"image size 32: as {name} beside it says, and how images are prepared" in lines
     old, new = load(exports / format), load(tmp_path / "again")
     assert new.backbone == old.backbone == load(workdir).backbone
@@ -91,7 +91,7 @@ def test_the_user_is_asked_before_the_config(exports, tmp_path):
 def test_a_config_that_contradicts_the_shapes(exports, tmp_path, field, value, message):
     file = tmp_path / "model.safetensors"
     file.write_bytes((exports / "timm" / "model.safetensors").read_bytes())
-    content = json.loads((exports / "timm" / "config.json").read_text())
+    content = json.loads((exports / "timm" / "esvit_config.json").read_text())
     content["config"][field] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as error:

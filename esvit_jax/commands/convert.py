@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--window", type=positive, help="resize the bias tables to this window")
     parser.add_argument(
-        "--image_size", type=positive, help="pixels it was trained with, where shapes do not tell"
+        "--image_size",
+        type=positive,
+        help="pixels it was trained with, where neither shapes nor a config.json beside it tell",
     )
     arguments = parser.parse_args(argv)
 

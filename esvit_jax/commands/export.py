@@ -37,11 +37,13 @@ def main(argv: list[str]) -> None:
         "image_size": "--image_size", "step": "--step",
     }  # fmt: skip
     with renamed(**flags):
-        errors = export(
+        checks = export(
             arguments.workdir, arguments.to, format=arguments.format, key=arguments.key,
             image_size=arguments.image_size, step=arguments.step, strict=arguments.strict,
             report=lambda message: print(message, file=sys.stderr, flush=True),
         )  # fmt: skip
-    for reader, error in errors.items():
+    for reader, error in checks.errors.items():
         print(f"features computed by {reader} differ by {error:.1e}")
+    for line in checks.unchecked:
+        print(line)
     print(f"written: {arguments.to}")

@@ -14,7 +14,9 @@ from esvit_jax.config import ConfigDict
 from esvit_jax.data.loader import DecodeError, decode
 from esvit_jax.errors import UserError, renamed
 from esvit_jax.evaluate.features import evaluation_images
-from esvit_jax.interop.exported import read_export
+from esvit_jax.interop.config_beside import read_config
+from esvit_jax.interop.exported import PROGRAM, read_export
+from esvit_jax.interop.formats.stablehlo import load_program
 from esvit_jax.interop.infer import not_finite
 from esvit_jax.interop.names.published import state_dict_from_params
 from esvit_jax.models import Backbone, create_model
@@ -54,12 +56,13 @@ def load(path: str | os.PathLike) -> LoadedBackbone:
     / std, with `views.mean` and `views.std` of its config.json.
 
     Args:
-      path: a workdir (its newest checkpoint), a directory of `esvit convert`, or of
-        `esvit export` in a format that holds tensors (or the file in it). `~` is the home folder.
+      path: a workdir (its newest checkpoint), or a directory of `esvit convert` or `esvit export`
+        (or the file in that). `~` is the home folder.
 
     Returns:
       The backbone, its weights (the teacher's; of a directory converted or exported with
-      --key=student, the student's), and how to prepare images.
+      --key=student, the student's), and how to prepare images. A StableHLO export has its weights
+      inside, takes images of one size, and gives views, regions and stage maps.
 
     Raises:
       UserError: there is no model of ours, it does not fit its config.json, or its weights are not
@@ -67,24 +70,36 @@ def load(path: str | os.PathLike) -> LoadedBackbone:
     """
     path = os.path.expanduser(path)
     try:
-        config, params = _read(path)
+        config, backbone, params = _read(path)
     except OSError as error:
         message = f"it cannot be read: {error.strerror or error}"
         raise UserError(message, argument="path", value=path) from error
-    return LoadedBackbone(create_model(config).backbone, {"params": params}, preprocessor(config))
+    return LoadedBackbone(backbone, {"params": params}, preprocessor(config))
 
 
-def _read(path: str) -> tuple[ConfigDict, Any]:
-    """The config and the backbone's params of a run, a converted checkpoint or an export."""
+def _read(path: str) -> tuple[ConfigDict, Backbone, Any]:
+    """The config of a run, a converted checkpoint or an export, its backbone, and its params."""
     if not checkpoint.has_checkpoint(path):
+        if Path(path, PROGRAM).is_file():
+            return *_read_program(Path(path)), {}
         loaded = read_export(Path(path))
-        return loaded.config, loaded.network()["backbone"]
+        return loaded.config, loaded.model.backbone, loaded.network()["backbone"]
     with renamed(workdir="path"):
         loaded = checkpoint.load_model(path)
     params = loaded.network()["backbone"]
     for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
         raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=path)
-    return loaded.config, params
+    return loaded.config, loaded.model.backbone, params
+
+
+def _read_program(folder: Path) -> tuple[ConfigDict, Backbone]:
+    """The config of an export to StableHLO, and its program as a backbone."""
+    found = read_config(folder)
+    if found is None:
+        message = f"{PROGRAM} has no config.json beside it"
+        raise UserError(message, argument="path", value=str(folder))
+    like = create_model(found.config).backbone
+    return found.config, load_program(folder, like, found.config.evaluate.size)
 
 
 def preprocessor(config: ConfigDict) -> Preprocess:

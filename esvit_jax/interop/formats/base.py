@@ -1,9 +1,11 @@
 """What every export format is, and what it gets: a backbone, its weights, images to compare on."""
 
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save
 
 from esvit_jax import checkpoint
+from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
 from esvit_jax.interop.exported import load_network
 from esvit_jax.interop.infer import LARGEST_IMAGE, not_finite
@@ -67,9 +70,19 @@ class Exportable(NamedTuple):
         return type(self.backbone).__name__
 
     @property
+    def config(self) -> ConfigDict:
+        """That of the run, evaluated at this image size."""
+        config = self.loaded.config.copy_and_resolve_references()
+        config.evaluate.size = self.image_size
+        return config
+
+    @property
     def resize_size(self) -> int:
         """Pixels that the shorter side of an image is resized to before its centre is cut out."""
         return round(self.image_size / self.loaded.config.evaluate.crop)
+
+
+Pixels = Callable[[Exportable, Path, Sequence[np.ndarray]], np.ndarray]
 
 
 class Reading(NamedTuple):
@@ -86,6 +99,57 @@ class Reading(NamedTuple):
     bound: float
 
 
+class CannotCheck(Exception):
+    """A library that would check the files is not there.
+
+    Args:
+      library: its name.
+      reason: why not, after "because".
+    """
+
+    def __init__(self, library: str, reason: str):
+        super().__init__(f"not checked with {library}, because {reason}")
+        self.library, self.reason = library, reason
+
+
+@contextmanager
+def importing(library: str) -> Iterator[None]:
+    """Within the block a library is imported, and as little else done as can be.
+
+    What a broken installation raises is of many kinds: RuntimeError of a torchvision that is made
+    for another torch, OSError of a shared library that is not there, AttributeError.
+
+    Args:
+      library: that checks an export.
+
+    Raises:
+      CannotCheck: for any of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        name = (getattr(cause, "name", None) or "") if isinstance(cause, ImportError) else ""
+        if isinstance(cause, ModuleNotFoundError) and name and "." not in name:
+            raise CannotCheck(library, f"{name} is not installed") from error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+        raise CannotCheck(library, f"it cannot be imported ({reason})") from error
+
+
+class Checks(NamedTuple):
+    """Who computed features from the files of an export, and who could not.
+
+    Attributes:
+      errors: by reader, how far features of `check_images` were off, relative to their length.
+      unchecked: lines "not checked with LIBRARY, because …".
+    """
+
+    errors: dict[str, float]
+    unchecked: list[str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """A format of exports; `formats.FORMATS` names them.
@@ -94,9 +158,12 @@ class Format:
       check: refuses with a UserError what the format cannot hold, before anything is computed.
       write: writes the files into a folder.
       readings: (what was exported, its folder, images f32[b, s, s, 3]) -> the features that our
-        network and, where it is installed, the library compute from the files. A RunError says
-        that a library cannot read them.
+        network and then the library compute from the files. A RunError says that a library cannot
+        read them, CannotCheck that it is not there.
       usage: how to use the files, in Markdown; FOLDER stands for their folder.
+      library: that reads them, as the hub names it.
+      pixels: (what was exported, its folder, photos uint8[h, w, 3]) -> f32[b, s, s, 3], how the
+        library prepares photos; CannotCheck says that it is not there. None where it does not.
       config_file: the name that our own config gets beside them.
     """
 
@@ -104,6 +171,8 @@ class Format:
     write: Callable[[Exportable, Path], None]
     readings: Callable[[Exportable, Path, np.ndarray], Iterator[Reading]]
     usage: Callable[[Exportable], str]
+    library: str
+    pixels: Pixels | None = None
     config_file: str = "config.json"
 
 
@@ -181,6 +250,11 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     # `save_file` would make it readable for nobody else.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object for a reader that is a person, too."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_weights(source: Exportable, folder: Path, peer: Peer[Any]) -> Any:

@@ -15,9 +15,11 @@ import numpy as np
 from esvit_jax.interop.files import read_tensors, sort_contents
 from esvit_jax.interop.formats.base import (
     OWN_BOUND,
+    CannotCheck,
     Exportable,
     Format,
     Reading,
+    importing,
     write_tensors,
 )
 from esvit_jax.interop.names.published import (
@@ -36,6 +38,8 @@ torch is installed. `checkpoint.safetensors` holds the same tensors, with the ke
 front of their names. `esvit convert` reads both, and
 
 ```python
+import esvit_jax
+
 backbone, variables, preprocess = esvit_jax.load("FOLDER")
 features = backbone.apply(variables, preprocess(images)).view_features  # [b, d]
 ```"""
@@ -56,8 +60,9 @@ def write(source: Exportable, folder: Path) -> None:
     flat = {f"{key}.{name}": x for key, part in content.items() for name, x in part.items()}
     write_tensors(folder / FILE, flat)
     try:
-        import torch
-    except ImportError:
+        with importing("torch"):
+            import torch
+    except CannotCheck:
         return
     tensors = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), content)
     torch.save(tensors | {"epoch": epochs(source)}, folder / PTH_FILE)
@@ -105,9 +110,11 @@ def read_params(file: Path, key: str) -> Any:
 def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[Reading]:
     """Yields the features of our own network from each file."""
     for file in (folder / FILE, folder / PTH_FILE):
-        if file.exists():
-            features = source.features(read_params(file, source.key), images)
-            yield Reading(f"esvit_jax from {file.name}", features, OWN_BOUND)
+        if file.suffix == ".pth":
+            with importing("torch"):
+                import torch  # noqa: F401 - without which that file was not written
+        features = source.features(read_params(file, source.key), images)
+        yield Reading(f"esvit_jax from {file.name}", features, OWN_BOUND)
 
 
-FORMAT = Format(check=check, write=write, readings=readings, usage=usage)
+FORMAT = Format(check=check, write=write, readings=readings, usage=usage, library="esvit_jax")

@@ -1,13 +1,19 @@
-"""Folders that `AutoModel` and `AutoImageProcessor` of transformers load."""
+"""Folders that `AutoModel` and `AutoImageProcessor` of transformers load.
 
-import json
-from collections.abc import Iterator
+Of transformers' image processors none gives the pixels of our evaluation: they have no canvas, cut
+the centre out at the lower of two middles where ours takes the even one (torchvision's rule), and
+round to whole levels after the resize. BitImageProcessor is the nearest; the card says how far its
+features are off, and gives lines that make it agree.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from esvit_jax.errors import RunError
+from esvit_jax.interop.config_beside import CONFIG_BESIDE
 from esvit_jax.interop.formats.base import (
     LIBRARY_BOUND,
     OWN_BOUND,
@@ -15,9 +21,11 @@ from esvit_jax.interop.formats.base import (
     Exportable,
     Format,
     Reading,
+    importing,
     peer_or_refuse,
     read_weights,
     size_ranges,
+    write_json,
     write_tensors,
 )
 from esvit_jax.interop.names.base import Peer
@@ -34,6 +42,28 @@ processor = AutoImageProcessor.from_pretrained("FOLDER")
 
 {advice}"""
 
+EXACTLY = """\
+`processor` comes near to how images were prepared in training (see below). This is how, for a
+Pillow image:
+
+```python
+import cv2
+import numpy as np
+
+def pixel_values(image):
+    image = np.asarray(image.convert("RGB"))
+    scale = {canvas} / max(image.shape[:2])
+    if scale < 1:
+        width_height = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, width_height, interpolation=cv2.INTER_AREA)
+    image = image.astype(np.float32)  # so that nothing is rounded, where torchvision is installed
+    pixels = processor(
+        image, do_center_crop=False, input_data_format="channels_last", return_tensors="pt"
+    ).pixel_values
+    top, left = (round((side - {size}) / 2) for side in pixels.shape[-2:])
+    return pixels[..., top : top + {size}, left : left + {size}]
+```"""
+
 
 def _peer(source: Exportable) -> Peer[Any]:
     return peer_or_refuse(source, source.family.transformers, "transformers")
@@ -46,10 +76,15 @@ def check(source: Exportable) -> None:
 
 def usage(source: Exportable) -> str:
     """How to load the folder, and for which images."""
-    peer = _peer(source)
+    peer, size = _peer(source), source.image_size
     advice = peer.advice.format(sizes=size_ranges(peer.agreeing_sizes(source.backbone)))
     options = "".join(f", {name}={value!r}" for name, value in peer.options.items())
-    return USAGE.format(model=peer.model, options=options, snippet=peer.snippet, advice=advice)
+    parts = [
+        USAGE.format(model=peer.model, options=options, snippet=peer.snippet, advice=advice),
+        peer.maps(source.backbone),
+        EXACTLY.format(canvas=source.loaded.config.data.canvas_size, size=size),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(source: Exportable, folder: Path) -> None:
@@ -58,23 +93,22 @@ def write(source: Exportable, folder: Path) -> None:
     tensors = state_dict_from_params({"backbone": source.params})
     tensors |= source.family.buffer_tensors(source.backbone)  # transformers 4 looks for them
     write_tensors(folder / WEIGHTS_FILE, peer.to_names(tensors))
-    _write_json(folder / "config.json", peer.arguments(source.backbone, source.image_size))
-    _write_json(folder / "preprocessor_config.json", preprocessor_config(source))
+    write_json(folder / "config.json", peer.arguments(source.backbone, source.image_size))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(source))
 
 
 def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[Reading]:
-    """Yields the features of our own network and, if it is installed, of transformers."""
+    """Yields the features of our own network and of transformers."""
     peer = _peer(source)
     params = read_weights(source, folder, peer)
     yield Reading("esvit_jax", source.features(params, images), OWN_BOUND)
-    try:
+    with importing("transformers"):
         import torch
         import transformers
-        from transformers import AutoModel
-    except ImportError:
-        return
+
+        model_class = getattr(transformers, peer.model)
     reader = f"transformers {transformers.__version__}"
-    model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **peer.options)
+    model, report = model_class.from_pretrained(folder, output_loading_info=True, **peer.options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise RunError(f"{reader} cannot read the files: {problem} {report[problem]}")
@@ -103,11 +137,20 @@ def preprocessor_config(source: Exportable) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def pixels(source: Exportable, folder: Path, photos: Sequence[np.ndarray]) -> np.ndarray:
+    """What the image processor makes of photos."""
+    with importing("transformers"):  # which imports much of itself, and torch, only when it works
+        from PIL import Image
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(folder)
+        images = [Image.fromarray(photo) for photo in photos]
+        found = processor(images, return_tensors="np")["pixel_values"]
+    return np.asarray(found, np.float32).transpose(0, 2, 3, 1)
 
 
 # config.json is that of transformers.
 FORMAT = Format(
-    check=check, write=write, readings=readings, usage=usage, config_file="esvit_config.json"
-)
+    check=check, write=write, readings=readings, usage=usage, library="transformers",
+    pixels=pixels, config_file=CONFIG_BESIDE,
+)  # fmt: skip

@@ -44,6 +44,10 @@ class Peer(Generic[B]):
       view_features: (the library's model, pixels [b, 3, h, w]) -> [b, d], its tensors.
       snippet: for the model card, the lines of Python that follow the loading of the model.
       options: what transformers' loader has to be told beside the folder.
+      maps: backbone -> for the model card, a paragraph with lines for the maps of all stages, which
+        go on from those above; FOLDER stands for the folder.
+      architecture: the name under which timm has a model of the class, for which `arguments` are
+        others than its own; "" where there is none, and timm's hub cannot load the folder.
     """
 
     model: str
@@ -59,6 +63,8 @@ out = model(**processor(images, return_tensors="pt"))
 out.pooler_output      # view features [b, d]
 out.last_hidden_state  # region features [b, h * w, d]"""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    maps: Callable[[B], str] = lambda backbone: ""
+    architecture: str = ""
 
 
 class Family(Generic[B]):

@@ -78,6 +78,14 @@ def timm_arguments(backbone: Swin, image_size: int) -> dict[str, Any]:
     }
 
 
+TIMM_MAPS = """\
+The maps of all stages, [b, d, h, w] and finest first, as for a feature pyramid:
+
+```python
+maps = model.forward_intermediates(images, norm=True, intermediates_only=True)
+```"""
+
+
 def sizes_like_timm(backbone: Swin) -> list[int]:
     """The sizes, in pixels, at which timm computes what `backbone` does, up to twice its own."""
     return _agreeing_sizes(backbone, lambda side, window, shift: not shift or side % window == 0)
@@ -141,6 +149,30 @@ def transformers_config(backbone: Swin, image_size: int) -> dict[str, Any]:
         "use_absolute_embeddings": False,
         "torch_dtype": "float32",
     }
+
+
+# Of a SwinBackbone, {earlier} being all stages but the last.
+TRANSFORMERS_MAPS = """\
+The maps of the earlier stages, as for a feature pyramid:
+
+```python
+import torch
+from transformers import SwinBackbone
+
+pyramid = SwinBackbone.from_pretrained("FOLDER", out_features={earlier}).eval()
+for stage in pyramid.out_features:  # norms that SwinBackbone adds, and that nobody has trained
+    pyramid.hidden_states_norms[stage] = torch.nn.Identity()
+maps = pyramid(**processor(images, return_tensors="pt")).feature_maps  # [b, d, h, w], finest first
+```
+
+The last map is `last_hidden_state` of the model above: SwinBackbone shifts the windows of the last
+stage too."""
+
+
+def transformers_maps(backbone: Swin) -> str:
+    """See `Peer.maps`."""
+    earlier = [f"stage{i + 1}" for i in range(len(backbone.depths) - 1)]
+    return TRANSFORMERS_MAPS.format(earlier=earlier) if earlier else ""
 
 
 def sizes_like_transformers(backbone: Swin) -> list[int]:
@@ -216,6 +248,8 @@ class SwinFamily(Family[Swin]):
         snippet="""\
 model(images)                   # view features [b, d], images [b, 3, h, w]
 model.forward_features(images)  # region features [b, h, w, d]""",
+        maps=lambda backbone: TIMM_MAPS,
+        architecture="swin_tiny_patch4_window7_224",
     )
     transformers = Peer(
         model="SwinModel",
@@ -232,6 +266,7 @@ SwinModel takes windows and shifts from the image at hand; those of this backbon
 features agree with the ones measured in training for images whose shorter side has {sizes}
 (the longer side is free), and are others, or an error, for all else. Use a new SwinModel after an
 image of another size: it keeps the windows of the smallest that it has seen.""",
+        maps=transformers_maps,
     )
 
     def published_names(self, tensors: Tensors) -> Tensors:
