@@ -606,6 +606,48 @@ def test_card_for_transformers(nano, transformers_folder, monkeypatch):
     assert "transformers prepares as above, features are off by 0." in card(transformers_folder)
 
 
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    config = small_config()
+    for field in ("embed_dim", "depths", "num_heads", "window_size"):
+        config.backbone[field] = None
+    config.backbone.name, config.backbone.base_width = "resnet50", 8
+    config.backbone.depths = (1, 1, 2)
+    teacher = jax.tree_util.tree_map_with_path(
+        lambda path, x: abs(x) + 0.5 if path[-1].key == "running_var" else x,
+        random_params(config, 5)["backbone"],
+    )
+    folder = tmp_path_factory.mktemp("resnet")
+    origin = {"parts": "backbone", "source": "a.pth"}
+    params = {"backbone": teacher}
+    checkpoint.save_model(folder / "run", config=config, origin=origin, teacher=params)
+    export(folder / "run", folder / "out", format="huggingface")
+    return folder
+
+
+def test_counters_stay_scalars(resnet):
+    tensors = load_file(resnet / "out" / "model.safetensors")
+    counters = [x for name, x in tensors.items() if name.endswith("num_batches_tracked")]
+    assert len(counters) == 1 + 3 * 4 + 3
+    assert all(x.shape == () for x in counters)
+
+
+@third_party
+def test_card_of_a_resnet(resnet, monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(resnet)
+    scope: dict[str, Any] = {"images": [Image.open(DATA / "photos" / name) for name in PHOTOS]}
+    with torch.no_grad():
+        exec(snippet(card(resnet / "out")), scope)
+    views = scope["inputs"]["pixel_values"].numpy().transpose(0, 2, 3, 1)
+    out, ours = scope["out"], own_outputs(resnet / "run", views)
+    assert relative_error(out.pooler_output.flatten(1), ours.view_features) <= 1e-4
+    assert relative_error(out.last_hidden_state.permute(0, 2, 3, 1), ours.region_features) <= 1e-4
+    for theirs, stage_map in zip(out.hidden_states[1:], ours.stage_maps, strict=True):
+        assert relative_error(theirs.permute(0, 2, 3, 1), stage_map) <= 1e-4
+
+
 @third_party
 def test_transformers_by_size(workdir, tmp_path):
     """Padded maps agree; a last map larger than its window does not, a smaller one does not run."""

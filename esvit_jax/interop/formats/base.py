@@ -247,7 +247,8 @@ def relative_error(found: Any, expected: Any) -> float:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Writes a safetensors file, which keeps neither strides nor what is not contiguous."""
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    # Not `ascontiguousarray`, of which a scalar comes back as [1].
+    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     # `save_file` would make it readable for nobody else.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 

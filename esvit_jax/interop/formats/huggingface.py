@@ -108,7 +108,12 @@ def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[R
 
         model_class = getattr(transformers, peer.model)
     reader = f"transformers {transformers.__version__}"
-    model, report = model_class.from_pretrained(folder, output_loading_info=True, **peer.options)
+    try:
+        model, report = model_class.from_pretrained(
+            folder, output_loading_info=True, **peer.options
+        )
+    except RuntimeError as error:
+        raise RunError(f"{reader} cannot read the files: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise RunError(f"{reader} cannot read the files: {problem} {report[problem]}")

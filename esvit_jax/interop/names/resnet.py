@@ -100,7 +100,13 @@ class ResNetFamily(Family[ResNet]):
         arguments=transformers_config,
         agreeing_sizes=any_size,
         difference="it agrees at any size",
-        advice="`pooler_output` is [b, d, 1, 1] here, and `last_hidden_state` [b, d, h, w].",
+        advice="Images may have any size, square or not.",
+        snippet="""\
+inputs = processor(images, return_tensors="pt")
+out = model(**inputs, output_hidden_states=True)
+out.pooler_output.flatten(1)  # view features [b, d]
+out.last_hidden_state         # region features [b, d, h, w]
+out.hidden_states[1:]         # the maps of all stages, finest first""",
     )
 
     def published_names(self, tensors: Tensors) -> Tensors:
