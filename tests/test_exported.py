@@ -63,6 +63,7 @@ def test_convert_takes_from_the_config_what_shapes_do_not_tell(workdir, exports,
     lines = convert(exports / format / WEIGHTS[format], tmp_path / "again")
     name = "config.json" if format == "esvit" else "esvit_config.json"
     assert f"image size 32: as {name} beside it says, and how images are prepared" in lines
+    assert not any("supervised" in line for line in lines)
     old, new = load(exports / format), load(tmp_path / "again")
     assert new.backbone == old.backbone == load(workdir).backbone
     image = np.random.default_rng(0).integers(0, 256, (70, 50, 3), np.uint8)

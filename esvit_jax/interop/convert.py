@@ -85,7 +85,7 @@ def convert(
             found.append(_resize_windows(networks, contents, model, config, window_size))
         report("writing it as a checkpoint")
         _save(folder, config, contents, networks, model, {"source": file.name, "key": key})
-    return found + _remarks(contents, config, network)
+    return found + _remarks(contents, config, network, ours=told is not None)
 
 
 def _resize_windows(
@@ -122,7 +122,7 @@ def _save(
     )
 
 
-def _remarks(contents: Contents, config: ConfigDict, network: str) -> list[str]:
+def _remarks(contents: Contents, config: ConfigDict, network: str, *, ours: bool) -> list[str]:
     """What else somebody who converts the file wants to know, a line each."""
     lines = []
     if contents.has_heads:
@@ -141,7 +141,7 @@ def _remarks(contents: Contents, config: ConfigDict, network: str) -> list[str]:
             f"a backbone alone ({network}): good for evaluation, exports and "
             "config.init_parts=backbone"
         )
-        if network == "model" and contents.family.supervised_remark:
+        if network == "model" and contents.family.supervised_remark and not ours:
             lines.append(contents.family.supervised_remark)
     if contents.left_behind:
         lines.append("left behind: " + ", ".join(contents.left_behind))
