@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_export import random_params, small_config
+from exports import config_of, random_params, save_backbone, small_config
 from tiny import tiny_config
 
 from esvit_jax import checkpoint
@@ -71,6 +71,18 @@ def test_convert_takes_from_the_config_what_shapes_do_not_tell(workdir, exports,
     jax.tree.map(np.testing.assert_array_equal, new.variables, old.variables)
     if format == "esvit":  # its random norms are not 1, so that shapes would say False
         assert checkpoint.load_model(tmp_path / "again").config.head.norm_last_layer
+
+
+def test_heads_that_shapes_do_not_tell(tmp_path):
+    config = config_of("vit_tiny", embed_dim=32, depths=(1,), num_heads=(4,), patch_size=8)
+    save_backbone(tmp_path / "run", config)
+    export(tmp_path / "run", tmp_path / "timm", format="timm")
+    convert(tmp_path / "timm" / "model.safetensors", tmp_path / "again")
+    backbone = load(tmp_path / "again").backbone
+    assert backbone == load(tmp_path / "run").backbone
+    (tmp_path / "timm" / "esvit_config.json").unlink()
+    convert(tmp_path / "timm" / "model.safetensors", tmp_path / "guessed")
+    assert load(tmp_path / "guessed").backbone != backbone
 
 
 def test_the_user_is_asked_before_the_config(exports, tmp_path):

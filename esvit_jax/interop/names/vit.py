@@ -127,6 +127,7 @@ class ViTFamily(Family[ViT]):
         snippet="""\
 model(images)                          # view features [b, d], images [b, 3, h, w]
 model.forward_features(images)[:, 1:]  # region features [b, h * w, d]""",
+        architecture="vit_tiny_patch16_224",
     )
     transformers = Peer(
         model="ViTModel",
