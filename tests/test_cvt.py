@@ -404,7 +404,7 @@ def test_learning_rates_of_layers():
 
 
 def test_it_is_exported_where_nobody_misreads_it(workdir, tmp_path):
-    errors = export(workdir, tmp_path / "stablehlo", format="stablehlo", image_size=20)
+    errors = export(workdir, tmp_path / "stablehlo", format="stablehlo", image_size=20).errors
     assert errors and max(errors.values()) < 1e-5
     for format, library in (("huggingface", "transformers"), ("timm", "timm")):
         with pytest.raises(UserError, match=f"{library} has no CvT .*CvtModel, is another funct"):

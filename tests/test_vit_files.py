@@ -224,11 +224,11 @@ def test_sizes_at_which_libraries_agree():
 def test_exports_compute_the_same_features(nano, tmp_path, format, size, readers):
     """As the library does, where it is installed; and our own `load` finds the same backbone."""
     folder, _ = nano
-    errors = export(folder, tmp_path / "out", format=format, image_size=size)
+    errors = export(folder, tmp_path / "out", format=format, image_size=size).errors
     assert all(error <= 1e-5 for error in errors.values())
     if readers and all(importlib.util.find_spec(package) for package in (readers, "torch")):
         assert any(reader.startswith(readers) for reader in errors)
-    card = (tmp_path / "out" / "model_card.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
     assert "| features | 24 an image (the class token), and as many a region |" in card
     if format == "stablehlo":
         return
@@ -272,7 +272,7 @@ def test_snippets_of_model_cards(nano, golden, tmp_path, monkeypatch, format):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers" if format == "huggingface" else "timm")
     export(nano[0], tmp_path / "out", format=format)
-    card = (tmp_path / "out" / "model_card.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
     lines = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     pictures = [golden["crops/0"][0]]
