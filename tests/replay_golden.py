@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from esvit_jax import optim, parallel, steps
 from esvit_jax.interop.names import family_of
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViT
+from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViL, ViT
 from esvit_jax.models.layers import AXIS
 from esvit_jax.state import TrainState, create_state
 
@@ -61,6 +61,17 @@ def cvt_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"embed_dims": tuple(config["embed_dims"])} | window | common(config)
 
 
+def vil_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a ViL's file, whose "arch" is a string like "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,…"."""
+    stages = [{x[0]: int(x[1:]) for x in stage.split(",")} for stage in config["arch"].split("_")]
+    names = {"d": "embed_dims", "n": "depths", "h": "num_heads", "g": "num_global"}
+    fields = {
+        name: tuple(stage[letter] for stage in stages)
+        for letter, name in (names | {"p": "patch_sizes"}).items()
+    }
+    return fields | {"window_sizes": tuple(stage["f"] for stage in stages if stage["s"])}
+
+
 def common(config: dict[str, Any]) -> dict[str, Any]:
     """What the transformers' files say in the same words."""
     return {"depths": tuple(config["depths"]), "num_heads": tuple(config["num_heads"])}
@@ -70,6 +81,7 @@ def common(config: dict[str, Any]) -> dict[str, Any]:
 BACKBONES: dict[str, tuple[type[Backbone], Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "base_width": (ResNet, resnet_fields),
     "embed_dims": (CvT, cvt_fields),
+    "arch": (ViL, vil_fields),
     "window_size": (Swin, swin_fields),
     "patch_size": (ViT, vit_fields),
 }
