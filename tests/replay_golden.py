@@ -10,6 +10,7 @@ arrays; the file with the weights lies beside it.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ def vil_fields(config: dict[str, Any]) -> dict[str, Any]:
         name: tuple(stage[letter] for stage in stages)
         for letter, name in (names | {"p": "patch_sizes"}).items()
     }
-    return fields | {"window_sizes": tuple(stage["f"] for stage in stages if stage["s"])}
+    sparse = itertools.takewhile(lambda stage: stage["s"], stages)  # once full, all later ones are
+    return fields | {"window_sizes": tuple(stage["f"] for stage in sparse)}
 
 
 def common(config: dict[str, Any]) -> dict[str, Any]:

@@ -133,9 +133,9 @@ def chunk_attention(
 ) -> Float[Array, "y b x heads n d"]:
     """One softmax over the global tokens and the cells of nine chunks, for each cell.
 
-    One row of chunks after the other, and again in the backward pass, which keeps nothing but the
-    arguments: the logits of all rows are 14 times as large as queries, keys and values together
-    .
+    One row of chunks after the other, and again in the backward pass, for which only the arguments
+    are kept: the logits of all rows, 9 w^2 for each cell and head, would be many times as large
+    (docs/notes/longformer.md).
 
     Args:
       query: scaled already.
