@@ -390,6 +390,10 @@ class Replay:
         return self.outputs() | self.one_step() | self.features() | self.trajectory()
 
 
+# Biases that have a key's among their equal parts: how many these are, and which is the key's.
+WITH_KEYS = {".qkv.bias": (3, 1), ".kv.bias": (2, 0)}
+
+
 def max_error(params: Any, theirs: dict[str, np.ndarray]) -> float:
     """The largest relative error of a tensor; every name must be there.
 
@@ -400,10 +404,12 @@ def max_error(params: Any, theirs: dict[str, np.ndarray]) -> float:
     errors = []
     for name, value in theirs.items():
         found = ours[name]
-        if name.endswith(".qkv.bias"):
-            (q, k, v), (own_q, own_k, own_v) = np.split(value, 3), np.split(found, 3)
-            errors.append(0.0 if np.abs(own_k - k).max() <= 1e-3 else np.inf)
-            value, found = np.concatenate([q, v]), np.concatenate([own_q, own_v])
+        for ending, (count, keys) in WITH_KEYS.items():
+            if name.endswith(ending):
+                parts = [np.split(x, count) for x in (value, found)]
+                key, own_key = (x.pop(keys) for x in parts)
+                errors.append(0.0 if np.abs(own_key - key).max() <= 1e-3 else np.inf)
+                value, found = map(np.concatenate, parts)
         errors.append(relative_error(found, value))
     return max(errors)
 

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from test_swin import normal, random_params
+from test_vil import TINY
 
 from esvit_jax import checkpoint, loop
 from esvit_jax.analyze.attention import Attention
 from esvit_jax.commands import attention, knn
+from esvit_jax.evaluate.tuning import layer_shares
 from esvit_jax.interop.load import load
 
 PHOTO = "tests/data/photos/coffee.jpg"
@@ -66,3 +69,16 @@ def test_attention(workdir, tmp_path):
     np.testing.assert_array_equal(seen.reshape(1, 64), weights[:, 1 + 8 + 2, 1:])
     assert np.all(seen[:, :6, :6] > 0)
     assert not np.any(seen[:, 6:]) and not np.any(seen[:, :, 6:])
+
+
+def test_learning_rates_of_layers():
+    """Three blocks: 0.5 to the power of the layers above, by hand."""
+    backbone = random_params(TINY.init, normal(0, 1, 16, 16, 3))
+    shares = layer_shares({"backbone": backbone, "head": {"bias": np.zeros(3)}}, 0.5)
+    found = {name: set(jax.tree.leaves(x)) for name, x in shares["backbone"].items()}
+    assert found == {
+        "layer1_0": {0.0625}, "layer1_1": {0.125}, "layer1_2": {0.125}, "layer2_0": {0.125},
+        "layer2_1": {0.25}, "layer2_2": {0.25}, "layer2_3": {0.5}, "layer2_4": {0.5},
+        "norm": {1.0},
+    }  # fmt: skip
+    assert shares["head"] == {"bias": 1.0}
