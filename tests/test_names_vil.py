@@ -15,11 +15,12 @@ from esvit_jax.config import default_config
 from esvit_jax.errors import UserError
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export
-from esvit_jax.interop.infer import preset_and_fields
+from esvit_jax.interop.files import Contents
+from esvit_jax.interop.infer import infer_config, preset_and_fields
 from esvit_jax.interop.names import recognise
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
 from esvit_jax.interop.names.vil import ViLFamily
-from esvit_jax.models import ViL, create_backbone
+from esvit_jax.models import ViL, create_backbone, create_model
 from esvit_jax.models.longformer import TABLE
 
 GOLDEN = Path(__file__).parent / "data" / "vil_nano.npz"
@@ -118,6 +119,9 @@ def test_shapes_tell_the_fields(vil):
         if vil.image_size == 224
         else "assumed; the smallest that fits the bias tables"
     )
+    contents = Contents({"model": tensors}, ViL, family, {}, None, [], [])
+    config, _ = infer_config(contents, "model", None)
+    assert create_model(config).backbone == again.clone(drop_path_rate=0.1)
     params = params_from_state_dict(family.weights(tensors))["backbone"]
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes_of(vil))
 

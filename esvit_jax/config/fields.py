@@ -113,8 +113,8 @@ FIELDS: dict[str, Field] = {
         None, "attention heads of each stage", optional(whole_numbers(1, 10_000))),
     "backbone.window_size": Field(None, "tokens along a window's side", optional(whole(1, 1000))),
     "backbone.window_sizes": Field(
-        None, "cells along a chunk's side in each sparse stage (ViL)",
-        optional(whole_numbers(1, 1000))),
+        None, "cells along a chunk's side in each of the first, sparse stages (ViL)",
+        optional(whole_numbers(1, 1000, least=0))),
     "backbone.num_global": Field(
         None, "global tokens of each stage (ViL)", optional(whole_numbers(0, 1000))),
     "backbone.patch_sizes": Field(
