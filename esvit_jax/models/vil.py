@@ -9,7 +9,8 @@ part, as in its evaluation.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ from esvit_jax.models.layers import (
     DropPath,
     LayerNorm,
     Mlp,
-    uniform_fan_in,
+    patch_convolution,
 )
 from esvit_jax.models.longformer import FullAttention, SparseAttention
 
@@ -48,6 +49,7 @@ class PatchEmbed(nn.Module):
     patch_size: int
     num_global: int
     dtype: DTypeLike = jnp.float32
+    as_product: bool = False
 
     @nn.compact
     def __call__(
@@ -58,17 +60,8 @@ class PatchEmbed(nn.Module):
         images, height, width, channels = maps.shape
         short = [max(0, size - side) for side in (height, width)]
         maps = jnp.pad(maps, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)))
-        init = uniform_fan_in(size * size * channels)
-        cells = nn.Conv(
-            self.embed_dim,
-            (size, size),
-            strides=size,
-            padding="VALID",
-            kernel_init=init,
-            bias_init=init,
-            dtype=self.dtype,
-            name="proj",
-        )(maps)
+        convolution = patch_convolution(self.embed_dim, size, channels, self.dtype, self.as_product)
+        cells = convolution(maps)
         cells = LayerNorm(dtype=self.dtype, name="norm_embed")(cells)
         tokens = rearrange(cells, "b h w d -> b (h w) d")
         if self.num_global:
@@ -149,9 +142,12 @@ class ViL(Backbone):
       mlp_ratio: hidden features of an MLP over its input's.
       drop_path_rate: of the last block; grows linearly from 0 at the first.
       dtype: of matrix products and of the maps between blocks.
+      patches: by which code they are embedded; see `Swin`.
       remat: what the backward pass computes again: "none", "dots" (all but products with
         weights) or "block" (whole blocks); logits of sparse stages always.
     """
+
+    when_spread: ClassVar[Mapping[str, str]] = {"patches": "product"}
 
     embed_dims: Sequence[int]
     depths: Sequence[int]
@@ -163,6 +159,7 @@ class ViL(Backbone):
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    patches: str = "convolution"
     remat: str = "none"
 
     def stage_window(self, stage: int) -> int | None:
@@ -278,6 +275,7 @@ class ViL(Backbone):
                 self.patch_sizes[stage],
                 self.num_global[stage],
                 self.dtype,
+                self.patches == "product",
                 name=f"layer{stage + 1}_0",
             )(maps)
             for block in range(depth):
