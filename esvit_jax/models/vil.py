@@ -147,7 +147,7 @@ class ViL(Backbone):
         weights) or "block" (whole blocks); logits of sparse stages always.
     """
 
-    when_spread: ClassVar[Mapping[str, str]] = {"patches": "product"}
+    when_spread: ClassVar[Mapping[str, str] | None] = {"patches": "product"}
 
     embed_dims: Sequence[int]
     depths: Sequence[int]
