@@ -10,6 +10,7 @@ arrays; the file with the weights lies beside it.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from jaxtyping import PyTree
 from esvit_jax import optim, parallel, steps
 from esvit_jax.interop.names import family_of
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViT
+from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViL, ViT
 from esvit_jax.models.layers import AXIS
 from esvit_jax.state import TrainState, create_state
 
@@ -61,6 +62,18 @@ def cvt_fields(config: dict[str, Any]) -> dict[str, Any]:
     return {"embed_dims": tuple(config["embed_dims"])} | window | common(config)
 
 
+def vil_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a ViL's file, whose "arch" is a string like "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,…"."""
+    stages = [{x[0]: int(x[1:]) for x in stage.split(",")} for stage in config["arch"].split("_")]
+    names = {"d": "embed_dims", "n": "depths", "h": "num_heads", "g": "num_global"}
+    fields = {
+        name: tuple(stage[letter] for stage in stages)
+        for letter, name in (names | {"p": "patch_sizes"}).items()
+    }
+    sparse = itertools.takewhile(lambda stage: stage["s"], stages)  # once full, all later ones are
+    return fields | {"window_sizes": tuple(stage["f"] for stage in sparse)}
+
+
 def common(config: dict[str, Any]) -> dict[str, Any]:
     """What the transformers' files say in the same words."""
     return {"depths": tuple(config["depths"]), "num_heads": tuple(config["num_heads"])}
@@ -70,6 +83,7 @@ def common(config: dict[str, Any]) -> dict[str, Any]:
 BACKBONES: dict[str, tuple[type[Backbone], Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "base_width": (ResNet, resnet_fields),
     "embed_dims": (CvT, cvt_fields),
+    "arch": (ViL, vil_fields),
     "window_size": (Swin, swin_fields),
     "patch_size": (ViT, vit_fields),
 }
@@ -376,6 +390,10 @@ class Replay:
         return self.outputs() | self.one_step() | self.features() | self.trajectory()
 
 
+# Biases that have a key's among their equal parts: how many these are, and which is the key's.
+WITH_KEYS = {".qkv.bias": (3, 1), ".kv.bias": (2, 0)}
+
+
 def max_error(params: Any, theirs: dict[str, np.ndarray]) -> float:
     """The largest relative error of a tensor; every name must be there.
 
@@ -386,10 +404,12 @@ def max_error(params: Any, theirs: dict[str, np.ndarray]) -> float:
     errors = []
     for name, value in theirs.items():
         found = ours[name]
-        if name.endswith(".qkv.bias"):
-            (q, k, v), (own_q, own_k, own_v) = np.split(value, 3), np.split(found, 3)
-            errors.append(0.0 if np.abs(own_k - k).max() <= 1e-3 else np.inf)
-            value, found = np.concatenate([q, v]), np.concatenate([own_q, own_v])
+        for ending, (count, keys) in WITH_KEYS.items():
+            if name.endswith(ending):
+                parts = [np.split(x, count) for x in (value, found)]
+                key, own_key = (x.pop(keys) for x in parts)
+                errors.append(0.0 if np.abs(own_key - key).max() <= 1e-3 else np.inf)
+                value, found = map(np.concatenate, parts)
         errors.append(relative_error(found, value))
     return max(errors)
 

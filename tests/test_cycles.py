@@ -156,6 +156,8 @@ def test_every_cycle_and_byte_is_in_one_row():
         ("jit(f)/E.forward/E/backbone/layers_0/blocks_0/mlp/fc1/dot_general", "MLPs"),
         ("jit(f)/jvp(E)/E/backbone/layers_0/blocks_0/norm1/mul", "norms of blocks"),
         ("jit(f)/jvp(E)/E/backbone/layers_0/blocks_0/drop_path1/div", "norms of blocks"),
+        ("jit(f)/jvp(E)/E/backbone/layer1_0/norm_embed/mul", "patch embedding, views, heads"),
+        ("jit(f)/jvp(E)/E/backbone/layer3_10/norm/mul", "norms of blocks"),
         ("jit(f)/jvp(E)/E/backbone/layers_0/downsample/reduction/dot_general", "patch merging"),
         # A CvT's.
         ("jit(f)/jvp(E)/E/backbone/stage1_1/layers_0_0/fn/qkv/dw/mul",

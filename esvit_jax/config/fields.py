@@ -105,13 +105,21 @@ FIELDS: dict[str, Field] = {
     "backbone.name": Field("swin_tiny", "one of esvit_jax.models.PRESETS", text()),
     "backbone.embed_dim": Field(None, "features of the first stage", optional(FEATURES)),
     "backbone.embed_dims": Field(
-        None, "features of each stage, for a CvT", optional(whole_numbers(1, 1_000_000))),
+        None, "features of each stage (CvT, ViL)", optional(whole_numbers(1, 1_000_000))),
     "backbone.base_width": Field(
         None, "features of a ResNet's stem; doubled by every stage", optional(FEATURES)),
     "backbone.depths": Field(None, "blocks of each stage", optional(whole_numbers(1, 1000))),
     "backbone.num_heads": Field(
         None, "attention heads of each stage", optional(whole_numbers(1, 10_000))),
     "backbone.window_size": Field(None, "tokens along a window's side", optional(whole(1, 1000))),
+    "backbone.window_sizes": Field(
+        None, "cells along a chunk's side in each of the first, sparse stages (ViL)",
+        optional(whole_numbers(1, 1000, least=0))),
+    "backbone.num_global": Field(
+        None, "global tokens of each stage (ViL)", optional(whole_numbers(0, 1000))),
+    "backbone.patch_sizes": Field(
+        None, "cells of the stage before along a cell's side (ViL)",
+        optional(whole_numbers(1, 1000))),
     "backbone.patch_size": Field(None, "pixels along a patch's side", optional(PIXELS)),
     "backbone.image_size": Field(
         None, "pixels; fixes windows and shifts, or the position embedding", optional(PIXELS)),

@@ -92,14 +92,14 @@ def share() -> Rule:
     return number(0, 1)
 
 
-def whole_numbers(low: int, high: int) -> Rule:
-    """One whole number or several, each within both ends."""
+def whole_numbers(low: int, high: int, *, least: int = 1) -> Rule:
+    """At least so many whole numbers (1, or 0), each within both ends."""
     return Rule(
         tuple,
-        f"one or more whole numbers from {low:,} to {high:,}",
+        f"{'one' if least else 'none'} or more whole numbers from {low:,} to {high:,}",
         lambda value: (
             isinstance(value, tuple)
-            and len(value) > 0
+            and len(value) >= least
             and all(_is_whole(item, low, high) for item in value)
         ),
     )

@@ -118,8 +118,8 @@ def finetune_optimizer(
 def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     """layer_decay ** (layers above), for each tensor of {"backbone", "head"}.
 
-    The layers are what makes tokens of an image, every block (with the merging or the convolution
-    between stages that follows it, if any), and the head with the norm before it.
+    The layers are what makes tokens of an image, every block (with what leads from it to the next
+    stage, if any), and the head with the norm before it.
     """
     stages = params["backbone"]
     depths: dict[str, int] = {}  # blocks before a stage
@@ -130,6 +130,12 @@ def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
     for i in range(sum(name.startswith("stage") for name in stages) // 2):  # of a CvT
         depths[f"stage{i}_0"] = depths[f"stage{i}_1"] = total  # the convolution, and the blocks
         total += sum(name.endswith("_0") for name in stages[f"stage{i}_1"])
+    halves: dict[str, int] = {}  # of a ViL: patch embeddings, and the halves of blocks
+    if "norm_embed" in stages.get("layer1_0", ()):
+        numbers = (name.removeprefix("layer").split("_") for name in stages if name[-1].isdigit())
+        for stage, half in sorted((int(i), int(j)) for i, j in numbers):
+            total += half % 2  # 0, then attention and MLP in turns
+            halves[f"layer{stage}_{half}"] = total
 
     def share(path: tuple, _: Any) -> float:
         part, *names = (key.key for key in path)
@@ -141,6 +147,8 @@ def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
         elif part == "backbone" and names[0].startswith("stage"):
             is_block = names[0].endswith("_1")
             layer = depths[names[0]] + (int(names[1].split("_")[1]) + 1 if is_block else 0)
+        elif part == "backbone" and names[0] in halves:
+            layer = halves[names[0]]
         elif part == "backbone" and names[0] in depths:
             stage, inner = names[:2]
             last = sum(name.startswith("blocks_") for name in stages[stage])

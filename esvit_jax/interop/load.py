@@ -51,9 +51,10 @@ def load(path: str | os.PathLike) -> LoadedBackbone:
 
     The stage maps are what a feature pyramid (FPN) for detection or segmentation stands on. Images
     may have any size, square or not: of H x W pixels the map of stage i has H / stride_i rows and
-    W / stride_i columns, rounded up, and `backbone.stages` has stride and features of each.
-    For those, normalise images yourself, as `preprocess` cuts out a square: (pixels / 255 - mean)
-    / std, with `views.mean` and `views.std` of its config.json.
+    W / stride_i columns, rounded up (a ViL leaves out what does not fill a patch), and
+    `backbone.stages` has stride and features of each. For those, normalise images yourself, as
+    `preprocess` cuts out a square: (pixels / 255 - mean) / std, with `views.mean` and `views.std`
+    of its config.json.
 
     Args:
       path: a workdir (its newest checkpoint), or a directory of `esvit convert` or `esvit export`

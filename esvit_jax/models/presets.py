@@ -12,6 +12,7 @@ from esvit_jax.models.cvt import CvT
 from esvit_jax.models.esvit import EsViT
 from esvit_jax.models.resnet import ResNet
 from esvit_jax.models.swin import Swin
+from esvit_jax.models.vil import ViL
 from esvit_jax.models.vit import ViT
 
 # A name's class and the fields that make it; drop-path rates are the published ones.
@@ -41,6 +42,20 @@ PRESETS: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
     "vit_tiny": (ViT, dict(embed_dim=192, depths=(12,), num_heads=(3,), drop_path_rate=0.1)),
     "vit_small": (ViT, dict(embed_dim=384, depths=(12,), num_heads=(6,), drop_path_rate=0.1)),
     "vit_base": (ViT, dict(embed_dim=768, depths=(12,), num_heads=(12,), drop_path_rate=0.1)),
+    # Named by their depths. The public code gives the heads of 2262 and, by the supervised
+    # networks that they follow, of the others.
+    "vil_1281": (ViL, dict(
+        embed_dims=(96, 192, 384, 768), depths=(1, 2, 8, 1), num_heads=(3, 3, 6, 12),
+        drop_path_rate=0.1,
+    )),
+    "vil_2262": (ViL, dict(
+        embed_dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
+        drop_path_rate=0.1,
+    )),
+    "vil_14121": (ViL, dict(
+        embed_dims=(96, 192, 384, 768), depths=(1, 4, 12, 1), num_heads=(3, 3, 6, 12),
+        drop_path_rate=0.1,
+    )),
 }  # fmt: skip
 
 

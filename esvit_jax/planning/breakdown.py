@@ -21,11 +21,12 @@ OTHER = "other"
 # The first pattern that the name of an operation has in it says which part it is of.
 PARTS = (
     (r"/mlp(/|$)|/layers_\d+_1/fn(/|$)", "MLPs"),
-    (r"/blocks_\d+(/|$)|/layers_\d+_\d(/|$)", "norms of blocks"),
+    (r"/blocks_\d+(/|$)|/layers_\d+_\d(/|$)|/layer\d+_[1-9]\d*(/|$)", "norms of blocks"),
     (r"/downsample(/|$)|/stage[1-9]\d*_0(/|$)", "patch merging"),
     (r"prototypes|last_layer|losses|kd->", "prototypes"),
     (
-        r"patch_embed|/stage0_0(/|$)|/backbone/(norm|[^/]*$)|_head(/|$)|views|vmap\(|threefry",
+        r"patch_embed|norm_embed|layer\d+_0/proj|/stage0_0(/|$)|/backbone/(norm|[^/]*$)|_head(/|$)"
+        r"|views|vmap\(|threefry",
         "patch embedding, views, heads",
     ),
     (r"jvp\(", "prototypes"),  # of what has gradients only the losses have no module

@@ -8,8 +8,9 @@ from esvit_jax.interop.names.cvt import CvTFamily
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.interop.names.resnet import ResNetFamily
 from esvit_jax.interop.names.swin import SwinFamily
+from esvit_jax.interop.names.vil import ViLFamily
 from esvit_jax.interop.names.vit import ViTFamily
-from esvit_jax.models import Backbone, CvT, ResNet, Swin, ViT
+from esvit_jax.models import Backbone, CvT, ResNet, Swin, ViL, ViT
 
 # One line a family. (Each is a Family of its own class, which a table of all cannot say.)
 FAMILIES: dict[type[Backbone], Family[Any]] = {
@@ -17,6 +18,7 @@ FAMILIES: dict[type[Backbone], Family[Any]] = {
     ResNet: ResNetFamily(),
     ViT: ViTFamily(),
     CvT: CvTFamily(),
+    ViL: ViLFamily(),
 }
 
 
