@@ -390,3 +390,22 @@ def test_card_for_esvit(workdir, tmp_path, monkeypatch):
     _, _, preprocess = load(workdir)
     expected = own_features(workdir, preprocess(scope["images"]))
     np.testing.assert_allclose(scope["features"], expected, atol=1e-5)
+
+
+@third_party
+def test_card_of_a_resnet_for_timm(tmp_path, monkeypatch):
+    """As timm loads it by name; there are no layer norms to tell it of."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    save_backbone(tmp_path / "run", config_of("resnet50", depths=(1, 1, 1, 1)))
+    assert len(export(tmp_path / "run", tmp_path / "out", format="timm").errors) == 2
+    monkeypatch.chdir(tmp_path)
+    views = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    scope: dict[str, Any] = {"images": torch.from_numpy(views.transpose(0, 3, 1, 2).copy())}
+    text = snippet(card(tmp_path / "out"))
+    with torch.no_grad():
+        exec(text, scope)
+        features = scope["model"](scope["images"])
+    assert "norm_layer" not in text and "partial" not in text
+    ours = own_outputs(tmp_path / "run", views).view_features
+    assert relative_error(features, ours) <= 1e-4

@@ -83,6 +83,8 @@ def usage(source: Exportable) -> str:
     """How to load the folder with timm, and to prepare images."""
     peer, images = _peer(source), image_arguments(source)
     lines = BY_NAME
+    if not peer.layer_norms:
+        lines = lines.replace("from functools import partial\n\n", "").replace(f"    {EPS}\n", "")
     if not peer.architecture:
         arguments = ",\n    ".join(f"{name}={value}" for name, value in _arguments(source).items())
         lines = BY_CLASS.format(model=peer.model, arguments=arguments)
@@ -139,12 +141,12 @@ def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[R
 
         model_class = getattr(timm.models, peer.model)
     reader = f"timm {timm.__version__}"
-    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    options = {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-6)} if peer.layer_norms else {}
     try:
         if peer.architecture:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=norm)
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
         else:
-            model = model_class(**_arguments(source), num_classes=0, norm_layer=norm)
+            model = model_class(**_arguments(source), num_classes=0, **options)
             tensors = load_file(folder / WEIGHTS_FILE)
             model.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
     except RuntimeError as error:

@@ -88,11 +88,37 @@ def any_size(backbone: ResNet) -> list[int]:
     return list(range(1, 2 * max(backbone.image_size, 512) + 1))
 
 
+def timm_arguments(backbone: ResNet, image_size: int) -> dict[str, Any]:
+    """The arguments of timm's ResNet that describe the backbone."""
+    return {"layers": tuple(backbone.depths)}
+
+
+def sizes_like_timm(backbone: ResNet) -> list[int]:
+    """All sizes, if its stem is timm's."""
+    usual = backbone.base_width == 64 and len(backbone.depths) == 4
+    return any_size(backbone) if usual else []
+
+
 class ResNetFamily(Family[ResNet]):
     """See the top of this file."""
 
     signature = f"{STEM} and {FIRST}"
     buffers = (COUNTER,)
+    timm = Peer(
+        model="ResNet",
+        to_names=dict,
+        from_names=dict,
+        arguments=timm_arguments,
+        agreeing_sizes=sizes_like_timm,
+        difference="its stem has 64 features, and it has four stages",
+        advice="Images may have any size, square or not.",
+        view_features=lambda model, pixels: model(pixels),
+        snippet="""\
+model(images)                   # view features [b, d], images [b, 3, h, w]
+model.forward_features(images)  # region features [b, d, h, w]""",
+        architecture="resnet50",
+        layer_norms=False,
+    )
     transformers = Peer(
         model="ResNetModel",
         to_names=to_transformers,
