@@ -83,7 +83,7 @@ def usage(source: Exportable) -> str:
     """How to load the folder with timm, and to prepare images."""
     peer, images = _peer(source), image_arguments(source)
     lines = BY_NAME
-    if not peer.layer_norms:
+    if not peer.transformer:
         lines = lines.replace("from functools import partial\n\n", "").replace(f"    {EPS}\n", "")
     if not peer.architecture:
         arguments = ",\n    ".join(f"{name}={value}" for name, value in _arguments(source).items())
@@ -125,7 +125,7 @@ def write(source: Exportable, folder: Path) -> None:
             "num_classes": 0,
             "num_features": source.backbone.num_features,
             "model_args": _arguments(source),
-            "pretrained_cfg": image_arguments(source) | {"fixed_input_size": True},
+            "pretrained_cfg": image_arguments(source) | {"fixed_input_size": peer.transformer},
         }
         write_json(folder / "config.json", content)
 
@@ -141,7 +141,7 @@ def readings(source: Exportable, folder: Path, images: np.ndarray) -> Iterator[R
 
         model_class = getattr(timm.models, peer.model)
     reader = f"timm {timm.__version__}"
-    options = {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-6)} if peer.layer_norms else {}
+    options = {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-6)} if peer.transformer else {}
     try:
         if peer.architecture:
             model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)

@@ -48,7 +48,8 @@ class Peer(Generic[B]):
         go on from those above; FOLDER stands for the folder.
       architecture: the name under which timm has a model of the class, for which `arguments` are
         others than its own; "" where there is none, and timm's hub cannot load the folder.
-      layer_norms: whether timm's class takes layer norms, whose eps has to be told.
+      transformer: whether timm's class takes the size of images, and layer norms, whose eps has to
+        be told.
     """
 
     model: str
@@ -66,7 +67,7 @@ out.last_hidden_state  # region features [b, h * w, d]"""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     maps: Callable[[B], str] = lambda backbone: ""
     architecture: str = ""
-    layer_norms: bool = True
+    transformer: bool = True
 
 
 class Family(Generic[B]):

@@ -117,7 +117,7 @@ class ResNetFamily(Family[ResNet]):
 model(images)                   # view features [b, d], images [b, 3, h, w]
 model.forward_features(images)  # region features [b, d, h, w]""",
         architecture="resnet50",
-        layer_norms=False,
+        transformer=False,
     )
     transformers = Peer(
         model="ResNetModel",
