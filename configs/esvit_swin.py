@@ -23,8 +23,6 @@ L has no published row.
 
 from esvit_jax.config import ConfigDict, config_arguments, published_run
 
-CONTINUED_AT = {("small", 14): 180}  # epoch; the others' is 200
-
 
 def get_config(arguments: str = "") -> ConfigDict:
     """`arguments`: variant=tiny|small|base|large, window=7|14, region=true|false, continued=…."""
@@ -36,10 +34,11 @@ def get_config(arguments: str = "") -> ConfigDict:
         continued=(False, True),
     )
     row = given["variant"], given["window"]
+    continued_at = 180 if row == ("small", 14) else 200
     config = published_run(
         f"swin_{given['variant']}",
         region=bool(given["region"]),
-        continued_at=CONTINUED_AT.get(row, 200) if given["continued"] else None,
+        continued_at=continued_at if given["continued"] else None,
     )
     config.backbone.window_size = given["window"]
     config.head.norm_last_layer = row == ("base", 14) and bool(given["continued"])

@@ -59,7 +59,9 @@ def test_default_config_is_that_of_0_1_0():
     new = {
         "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
         "lock_seconds": 60.0, "profile_steps": None, "init_step": None,
-        "backbone.base_width": None, "head.batch_norm": False,
+        "head.batch_norm": False,
+        "backbone.base_width": None, "backbone.embed_dims": None, "backbone.num_global": None,
+        "backbone.patch_sizes": None, "backbone.window_sizes": None,
     }  # fmt: skip
     faster = {"loss.prototype_chunk": 4096}
     assert flatten(default_config()) == old | new | faster

@@ -58,7 +58,7 @@ def test_a_published_checkpoint_comes_back_bit_by_bit(golden, tmp_path):
         export(tmp_path / "converted", tmp_path / "hf", format="huggingface")
 
     read_by = export(tmp_path / "converted", tmp_path / "out", format="esvit", image_size=96)
-    assert all(error < 1e-6 for error in read_by.values())
+    assert all(error < 1e-6 for error in read_by.errors.values())
     again = load_file(tmp_path / "out" / "checkpoint.safetensors")
     again = {
         name.replace("student.module.", "student."): x
@@ -213,5 +213,5 @@ def test_stablehlo(tmp_path):
         tmp_path / "run", config=config, origin={}, student=params, teacher=params,
         centers={head: np.zeros(12, np.float32) for head in ("view", "region")},
     )  # fmt: skip
-    ((_, error),) = export(tmp_path / "run", tmp_path / "out", format="stablehlo").items()
+    ((_, error),) = export(tmp_path / "run", tmp_path / "out", format="stablehlo").errors.items()
     assert error < 1e-5
