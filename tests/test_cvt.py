@@ -391,7 +391,7 @@ def test_learning_rates_of_layers():
     """Three blocks and 0.5; a convolution between stages counts with the block before it."""
     backbone = CvT(**TINY)
     params = random_params(backbone.init, jnp.zeros((1, 16, 16, 3)))
-    shares = layer_shares({"backbone": params, "head": {"bias": np.zeros(3)}}, 0.5)
+    shares = layer_shares(backbone, {"backbone": params, "head": {"bias": np.zeros(3)}}, 0.5)
     expected = {
         "stage0_0": 0.5**4, "stage1_0": 0.5**2, "norm": 1.0,
         "stage0_1": {0.5**3, 0.5**2}, "stage1_1": 0.5,

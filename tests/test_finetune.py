@@ -26,7 +26,7 @@ from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate import finetune as library
 from esvit_jax.evaluate import tuning as tuning_module
 from esvit_jax.evaluate.tuning import Tuning, finetune_loss, finetune_optimizer, layer_shares
-from esvit_jax.models import create_model
+from esvit_jax.models import Swin, create_backbone, create_model
 from esvit_jax.optim import warmup_cosine_schedule
 from esvit_jax.runlog.signals import Interrupted
 from esvit_jax.runlog.writer import read_metrics
@@ -65,7 +65,8 @@ def test_learning_rates_of_layers(config):
         "backbone": random_params(config, 0)["backbone"],
         "head": {"kernel": np.zeros((16, 10)), "bias": np.zeros(10)},
     }
-    shares = layer_shares(params, 0.5)
+    backbone = create_model(config).backbone
+    shares = layer_shares(backbone, params, 0.5)
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): share
         for path, share in jax.tree_util.tree_leaves_with_path(shares)
@@ -85,7 +86,18 @@ def test_learning_rates_of_layers(config):
     }
     assert of_prefix == {prefix: {share} for prefix, share in expected.items()}
     assert sum(name.startswith(tuple(expected)) for name in found) == len(found)
-    assert set(jax.tree.leaves(layer_shares(params, 1.0))) == {1.0}
+    assert set(jax.tree.leaves(layer_shares(backbone, params, 1.0))) == {1.0}
+
+
+def test_learning_rates_of_a_resnet():
+    """Three blocks; nothing but the head is above the last."""
+    resnet = create_backbone("resnet50", depths=(2, 1), base_width=4)
+    shapes = jax.eval_shape(resnet.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shares = layer_shares(resnet, {"backbone": shapes}, 0.5)["backbone"]
+    assert {name: set(jax.tree.leaves(x)) for name, x in shares.items()} == {
+        "conv1": {0.5**4}, "bn1": {0.5**4}, "layer1_0": {0.5**3}, "layer1_1": {0.5**2},
+        "layer2_0": {0.5},
+    }  # fmt: skip
 
 
 def test_the_first_update_is_adamws_times_the_layers_share():
@@ -98,7 +110,8 @@ def test_the_first_update_is_adamws_times_the_layers_share():
         "head": {"kernel": jnp.full((2, 3), 3.0)},
     }
     tuning = dataclasses.replace(TUNING, layer_decay=0.5, weight_decay=0.1)
-    optimizer = finetune_optimizer(tuning, warmup_cosine_schedule(0.2, 0.0, 0, 10))
+    swin = Swin(embed_dim=2, depths=(1,), num_heads=(1,))
+    optimizer = finetune_optimizer(swin, tuning, warmup_cosine_schedule(0.2, 0.0, 0, 10))
     gradients = jax.tree.map(lambda x: -jnp.ones_like(x), params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params, step=0)
     leaves = [np.unique(np.round(x, 5)).tolist() for x in jax.tree.leaves(updates)]

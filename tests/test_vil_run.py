@@ -73,8 +73,8 @@ def test_attention(workdir, tmp_path):
 
 def test_learning_rates_of_layers():
     """Three blocks: 0.5 to the power of the layers above, by hand."""
-    backbone = random_params(TINY.init, normal(0, 1, 16, 16, 3))
-    shares = layer_shares({"backbone": backbone, "head": {"bias": np.zeros(3)}}, 0.5)
+    params = random_params(TINY.init, normal(0, 1, 16, 16, 3))
+    shares = layer_shares(TINY, {"backbone": params, "head": {"bias": np.zeros(3)}}, 0.5)
     found = {name: set(jax.tree.leaves(x)) for name, x in shares["backbone"].items()}
     assert found == {
         "layer1_0": {0.0625}, "layer1_1": {0.125}, "layer1_2": {0.125}, "layer2_0": {0.125},

@@ -15,6 +15,7 @@ from esvit_jax.commands import attention, bench, correspond, finetune, knn, line
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate.tuning import layer_shares
 from esvit_jax.interop.load import load
+from esvit_jax.models import create_model
 
 PHOTO = Path(__file__).parent / "data" / "photos" / "coffee.jpg"
 
@@ -98,8 +99,9 @@ def test_finetune(workdir, tmp_path):
 
 def test_learning_rates_of_layers(tiny_config):
     """Two blocks: 0.5 to the power of the layers above, by hand."""
-    backbone = random_params(vit_config(tiny_config), 0)["backbone"]
-    shares = layer_shares({"backbone": backbone, "head": {"bias": np.zeros(3)}}, 0.5)
+    config = vit_config(tiny_config)
+    backbone, params = create_model(config).backbone, random_params(config, 0)["backbone"]
+    shares = layer_shares(backbone, {"backbone": params, "head": {"bias": np.zeros(3)}}, 0.5)
     found = {name: set(jax.tree.leaves(x)) for name, x in shares["backbone"].items()}
     assert found == {
         "cls_token": {0.125}, "pos_embed": {0.125}, "patch_embed": {0.125},

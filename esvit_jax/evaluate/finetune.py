@@ -175,7 +175,7 @@ class _Finetune:
                 f"{self.total_steps:,} steps of {self.batch_size}"
             )
             with progress.busy("making the first state"):
-                optimizer = finetune_optimizer(self._tuning, self._schedule)
+                optimizer = finetune_optimizer(self._backbone, self._tuning, self._schedule)
                 state = self._first_state(optimizer)
 
             def after_step(

@@ -98,12 +98,12 @@ def finetune_loss(
 
 
 def finetune_optimizer(
-    tuning: Tuning, learning_rate: Schedule
+    backbone: Backbone, tuning: Tuning, learning_rate: Schedule
 ) -> optax.GradientTransformationExtraArgs:
     """Clip - AdamW - each layer's share of the learning rate."""
 
     def scale_layers(updates: PyTree, _: PyTree) -> PyTree:
-        shares = layer_shares(updates, tuning.layer_decay)
+        shares = layer_shares(backbone, updates, tuning.layer_decay)
         return jax.tree.map(jnp.multiply, shares, updates)
 
     return optax.chain(
@@ -115,45 +115,16 @@ def finetune_optimizer(
     )
 
 
-def layer_shares(params: PyTree, layer_decay: float) -> PyTree[float]:
+def layer_shares(backbone: Backbone, params: PyTree, layer_decay: float) -> PyTree[float]:
     """layer_decay ** (layers above), for each tensor of {"backbone", "head"}.
 
-    The layers are what makes tokens of an image, every block (with what leads from it to the next
-    stage, if any), and the head with the norm before it.
+    The head is above all layers of the backbone but the last one; see `Backbone.layer_of`.
     """
-    stages = params["backbone"]
-    depths: dict[str, int] = {}  # blocks before a stage
-    total = sum(name.startswith("blocks_") for name in stages)  # of a ViT, whose stage has no name
-    for i in range(sum(name.startswith("layers_") for name in stages)):
-        depths[f"layers_{i}"] = total
-        total += sum(name.startswith("blocks_") for name in stages[f"layers_{i}"])
-    for i in range(sum(name.startswith("stage") for name in stages) // 2):  # of a CvT
-        depths[f"stage{i}_0"] = depths[f"stage{i}_1"] = total  # the convolution, and the blocks
-        total += sum(name.endswith("_0") for name in stages[f"stage{i}_1"])
-    halves: dict[str, int] = {}  # of a ViL: patch embeddings, and the halves of blocks
-    if "norm_embed" in stages.get("layer1_0", ()):
-        numbers = (name.removeprefix("layer").split("_") for name in stages if name[-1].isdigit())
-        for stage, half in sorted((int(i), int(j)) for i, j in numbers):
-            total += half % 2  # 0, then attention and MLP in turns
-            halves[f"layer{stage}_{half}"] = total
+    last = backbone.num_blocks + 1
 
     def share(path: tuple, _: Any) -> float:
         part, *names = (key.key for key in path)
-        layer = total + 1
-        if part == "backbone" and names[0] in ("patch_embed", "cls_token", "pos_embed"):
-            layer = 0
-        elif part == "backbone" and names[0].startswith("blocks_"):
-            layer = int(names[0].removeprefix("blocks_")) + 1
-        elif part == "backbone" and names[0].startswith("stage"):
-            is_block = names[0].endswith("_1")
-            layer = depths[names[0]] + (int(names[1].split("_")[1]) + 1 if is_block else 0)
-        elif part == "backbone" and names[0] in halves:
-            layer = halves[names[0]]
-        elif part == "backbone" and names[0] in depths:
-            stage, inner = names[:2]
-            last = sum(name.startswith("blocks_") for name in stages[stage])
-            is_block = inner.startswith("blocks_")
-            layer = depths[stage] + (int(inner.removeprefix("blocks_")) + 1 if is_block else last)
-        return layer_decay ** (total + 1 - layer)
+        layer = backbone.layer_of(names) if part == "backbone" else last
+        return layer_decay ** (last - layer)
 
     return jax.tree_util.tree_map_with_path(share, params)

@@ -1,6 +1,6 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from flax import linen as nn
@@ -104,6 +104,19 @@ class Backbone(nn.Module):
     @property
     def blocks(self) -> tuple[BlockInfo, ...]:
         """The blocks of `BackboneOutput.attention`."""
+        raise NotImplementedError
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages."""
+        raise NotImplementedError
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        """The layer of the param at a path in the tree, by which fine-tuning sets learning rates.
+
+        0 is what makes tokens of an image, then every block is one (with what leads from it to the
+        next stage, if any); the norm after the last is num_blocks + 1.
+        """
         raise NotImplementedError
 
     @property

@@ -297,6 +297,17 @@ class CvT(Backbone):
                 )  # fmt: skip
 
     @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        if names[0] == "norm":
+            return self.num_blocks + 1
+        stage, blocks = map(int, names[0].removeprefix("stage").split("_"))
+        above = sum(self.depths[:stage])  # to whose last block the convolution belongs
+        return above + int(names[1].split("_")[1]) + 1 if blocks else above
+
+    @property
     def num_draws(self) -> int:
         return 2 * sum(self.depths)
 

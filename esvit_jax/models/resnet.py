@@ -91,6 +91,16 @@ class ResNet(Backbone):
         return ()
 
     @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        if names[0] in ("conv1", "bn1"):
+            return 0
+        stage, block = map(int, names[0].removeprefix("layer").split("_"))
+        return sum(self.depths[: stage - 1]) + block + 1
+
+    @property
     def num_draws(self) -> int:
         return 0
 

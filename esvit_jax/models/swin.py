@@ -275,6 +275,19 @@ class Swin(Backbone):
             )  # fmt: skip
 
     @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        if names[0] in ("patch_embed", "norm"):
+            return 0 if names[0] == "patch_embed" else self.num_blocks + 1
+        stage = int(names[0].removeprefix("layers_"))
+        above = sum(self.depths[:stage])
+        if names[1] == "downsample":
+            return above + self.depths[stage]
+        return above + int(names[1].removeprefix("blocks_")) + 1
+
+    @property
     def num_draws(self) -> int:
         return 2 * sum(self.depths)
 

@@ -189,6 +189,17 @@ class ViL(Backbone):
         )
 
     @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        if names[0] == "norm":
+            return self.num_blocks + 1
+        # A stage's patch embedding is its number 0, then attention and MLP of each block follow.
+        stage, half = map(int, names[0].removeprefix("layer").split("_"))
+        return sum(self.depths[: stage - 1]) + (half + 1) // 2
+
+    @property
     def num_draws(self) -> int:
         return 2 * sum(self.depths)
 

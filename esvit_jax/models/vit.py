@@ -197,6 +197,15 @@ class ViT(Backbone):
         return (BlockInfo(0, None, num_global=1),) * self.depths[0]
 
     @property
+    def num_blocks(self) -> int:
+        return sum(self.depths)
+
+    def layer_of(self, names: Sequence[str]) -> int:
+        if names[0].startswith("blocks_"):
+            return int(names[0].removeprefix("blocks_")) + 1
+        return self.num_blocks + 1 if names[0] == "norm" else 0
+
+    @property
     def num_draws(self) -> int:
         return 2 * self.depths[0]
 
