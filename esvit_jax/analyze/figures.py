@@ -59,7 +59,7 @@ def loss_figure(metrics_path: str | os.PathLike[str], out_path: str | os.PathLik
     if not epath.Path(metrics_path).is_file():
         raise UserError(f"{metrics_path}: no such file; give the metrics.jsonl of a workdir")
     lines = read_metrics(metrics_path)
-    losses = {name: _curve(lines, name) for name in LOSSES}
+    losses = {name: curve(lines, name) for name in LOSSES}
     if not losses["loss"].steps:
         raise UserError(f"{metrics_path}: no line has a loss yet; train for a log interval")
     evaluations = by_evaluation(results_of_lines(lines))
@@ -70,10 +70,10 @@ def loss_figure(metrics_path: str | os.PathLike[str], out_path: str | os.PathLik
         height_ratios=[3] + [2] * len(evaluations),
     )[:, 0]  # fmt: skip
     for name, (label, color, width) in LOSSES.items():
-        curve = losses[name]
-        if curve.steps:
-            marker = "." if len(curve.steps) < 30 else None  # a lone point makes no line
-            panels[0].plot(*curve, color=color, linewidth=width, marker=marker, label=label)
+        of_one = losses[name]
+        if of_one.steps:
+            marker = "." if len(of_one.steps) < 30 else None  # a lone point makes no line
+            panels[0].plot(*of_one, color=color, linewidth=width, marker=marker, label=label)
     _explain_rise(panels[0], losses["loss"])
     _finish(panels[0], "loss (nats)")
     for axes, results in zip(panels[1:], evaluations.values(), strict=True):
@@ -89,7 +89,8 @@ class Curve(NamedTuple):
     values: list[float]
 
 
-def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
+def curve(lines: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """One scalar of the lines of a metrics.jsonl that have it; one that was not finite is nan."""
     points = [(line["step"], line[name]) for line in lines if name in line]
     return Curve([step for step, _ in points], [math.nan if x is None else x for _, x in points])
 
@@ -136,9 +137,15 @@ def _explain_rise(axes: "Axes", loss: Curve) -> None:
     )  # fmt: skip
 
 
-def _draw_evaluation(axes: "Axes", results: Sequence[Result]) -> None:
-    """The first quantity of one evaluation: the teacher's curves, and lines to compare with."""
-    quantity = results[0].first_quantity
+def evaluation_curves(
+    results: Sequence[Result], quantity: str
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """One quantity of the results of one evaluation, in order.
+
+    Returns:
+      The teacher's curves by what tells its values apart, {"10": …}, and what they are compared
+      with, at its best: raw pixels, and the teacher before training.
+    """
     curves: dict[str, Curve] = {}
     compared: dict[str, float] = {}
     for result in results:
@@ -150,16 +157,23 @@ def _draw_evaluation(axes: "Axes", results: Sequence[Result]) -> None:
         if result.step == 0:
             compared["untrained"] = max(values.values())
         for which, value in values.items():
-            curve = curves.setdefault(which, Curve([], []))
-            curve.steps.append(result.step)
-            curve.values.append(value)
+            of_one = curves.setdefault(which, Curve([], []))
+            of_one.steps.append(result.step)
+            of_one.values.append(value)
+    return curves, compared
+
+
+def _draw_evaluation(axes: "Axes", results: Sequence[Result]) -> None:
+    """The first quantity of one evaluation: the teacher's curves, and lines to compare with."""
+    quantity = results[0].first_quantity
+    curves, compared = evaluation_curves(results, quantity)
     for (name, value), style in zip(compared.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=GREY, linewidth=1.2, linestyle=style, label=name)
-    for index, (which, curve) in enumerate(curves.items()):
+    for index, (which, of_one) in enumerate(curves.items()):
         share = index / max(1, len(curves) - 1)
         color = tuple((1 - share) * np.array(DARK_GREEN) + share * np.array(LIGHT_GREEN))
         label = value_title(results[0].evaluation, which)
-        axes.plot(*curve, color=color, marker="o", markersize=3.5, linewidth=1.4, label=label)
+        axes.plot(*of_one, color=color, marker="o", markersize=3.5, linewidth=1.4, label=label)
     _finish(axes, heading(results[0].evaluation, quantity))
 
 

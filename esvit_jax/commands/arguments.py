@@ -107,6 +107,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """A whole number from 0 in a flag.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
 def number(text: str) -> float:
     """A number in a flag, for `add_argument(type=number)`.
 

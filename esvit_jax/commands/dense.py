@@ -1,6 +1,5 @@
 """`esvit dense`: a linear layer on region features, for masks or depths."""
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -12,6 +11,7 @@ from esvit_jax.commands.arguments import (
     data_place,
     positive,
     several,
+    whole_number,
 )
 from esvit_jax.commands.labelled import (
     add_report,
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         help="numbers in a mask, from 0 (default: the feature is a depth)",
     )  # fmt: skip
     parser.add_argument(
-        "--ignore", type=several(mask_number), default=(), metavar="N,…",
+        "--ignore", type=several(whole_number), default=(), metavar="N,…",
         help="numbers in a mask that are no class, such as 255",
     )  # fmt: skip
     parser.add_argument(
@@ -57,17 +57,6 @@ def main(argv: list[str]) -> None:
     add_report(parser, FILE)
     add_json(parser)
     run(parser.parse_args(argv))
-
-
-def mask_number(text: str) -> int:
-    """A whole number from 0 in a flag.
-
-    Raises:
-      ArgumentTypeError: it is none.
-    """
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
-    return int(text)
 
 
 def run(arguments: Any) -> None:

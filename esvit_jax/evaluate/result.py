@@ -14,6 +14,8 @@ PERCENTS = (
     "accuracy",
 )  # fmt: skip
 UNITS: dict[str, str] = dict.fromkeys(PERCENTS, "%") | {"distance": "px"}
+# Quantities that reports have and that are mere numbers.
+NUMBERS = ("rmse", "distance_cells", "cutoff_similarity")
 # How tables and figures write evaluations, quantities, and what tells an evaluation's values of one
 # quantity apart; what is not here is written as it is.
 TITLES = {
@@ -32,6 +34,9 @@ TITLES = {
     "dense": "dense probe",
     "miou": "mean IoU",
     "rmse": "RMSE",
+    "accuracy": "hits",
+    "distance_cells": "distance in cells",
+    "cutoff_similarity": "similarity of the 11th match",
 }
 PARAMETERS = {"knn": ("k", "temperature")}
 
@@ -96,6 +101,8 @@ def value_title(evaluation: str, which: str) -> str:
     """For columns and legends, what tells a value of a quantity from the others: "k = 10"."""
     if not which:
         return "teacher"
+    if evaluation == "fewshot":
+        return "1 shot" if which == "1_shots" else which.replace("_", " ")
     if evaluation not in PARAMETERS:
         return which
     named = zip(PARAMETERS[evaluation], which.split("/"), strict=False)
@@ -122,6 +129,20 @@ def results_of_line(line: Mapping[str, Any]) -> list[Result]:
 def results_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
     """Those of all lines, in order."""
     return [result for line in lines for result in results_of_line(line)]
+
+
+def result_of_report(evaluation: str, report: Mapping[str, Any]) -> Result | None:
+    """The result whose values are among the entries of a report, as commands write it.
+
+    None where it has none. What else a report holds (which network, which data) is left out.
+    """
+    values = {
+        name: float(value)
+        for name, value in report.items()
+        if (name.split("/")[0] in UNITS or name.split("/")[0] in NUMBERS)
+        and isinstance(value, int | float)
+    }
+    return Result(evaluation, values, step=report.get("step")) if values else None
 
 
 def by_evaluation(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,22 @@ def effective_rank(*, features: Float[Array, "n d"]) -> Float[Array, ""]:
     return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
 
 
-def collapse_warning(scalars: Mapping[str, Any], *, num_prototypes: int) -> str | None:
-    """A warning in words when the metrics of a step look like a collapse, else None.
+class Collapse(NamedTuple):
+    """A kind of collapse, in words.
+
+    Attributes:
+      kind: its name, "collapse to uniform".
+      what: is seen.
+      remedy: the fields of the config to change, and which way.
+    """
+
+    kind: str
+    what: str
+    remedy: str
+
+
+def collapse_of(scalars: Mapping[str, Any], *, num_prototypes: int) -> Collapse | None:
+    """What the metrics of a step look like, if it is a collapse, else None.
 
     Three kinds are told apart, in this order:
     - uniform: `teacher_entropy` ≥ 0.99 and `view_loss` within 1 % of ln K. The teacher says
@@ -53,9 +67,8 @@ def collapse_warning(scalars: Mapping[str, Any], *, num_prototypes: int) -> str 
     - vanishing features: `feature_std` < 0.05 or `feature_rank` < 1.5. All images look alike to
       the backbone; this is where either of the above ends.
 
-    An untrained network can look uniform for a while: ask after the learning rate's warm-up. The
-    text of a kind is always the same, so a caller that remembers the texts it has shown warns
-    once per kind. Numbers that are not finite are no collapse.
+    An untrained network can look uniform for a while: ask after the learning rate's warm-up.
+    Numbers that are not finite are no collapse.
 
     Args:
       scalars: of one step; reads `teacher_entropy` (0..1, share of ln K), `view_loss` (nats),
@@ -65,22 +78,34 @@ def collapse_warning(scalars: Mapping[str, Any], *, num_prototypes: int) -> str 
     uniform_loss = math.log(num_prototypes)
     entropy, loss = float(scalars["teacher_entropy"]), float(scalars["view_loss"])
     if entropy >= 0.99 and abs(loss - uniform_loss) <= 0.01 * uniform_loss:
-        return (
-            f"collapse to uniform: the loss sits at ln K = {uniform_loss:.2f} and the teacher "
-            "prefers no prototype; lower config.loss.warmup_teacher_temp or "
-            "config.loss.teacher_temp, raise config.loss.center_momentum, or lower "
-            "config.optimizer.learning_rate"
+        return Collapse(
+            "collapse to uniform",
+            f"the loss sits at ln K = {uniform_loss:.2f} and the teacher prefers no prototype",
+            "lower config.loss.warmup_teacher_temp or config.loss.teacher_temp, raise "
+            "config.loss.center_momentum, or lower config.optimizer.learning_rate",
         )
     if entropy <= 0.01 and loss <= 0.01 * uniform_loss:
-        return (
-            "collapse to one prototype: the teacher gives every view the same one and the loss "
-            "is near 0; raise config.loss.teacher_temp and config.loss.warmup_teacher_temp, or "
-            "lower config.loss.center_momentum so that the center follows faster"
+        return Collapse(
+            "collapse to one prototype",
+            "the teacher gives every view the same one and the loss is near 0",
+            "raise config.loss.teacher_temp and config.loss.warmup_teacher_temp, or lower "
+            "config.loss.center_momentum so that the center follows faster",
         )
     if float(scalars["feature_std"]) < 0.05 or float(scalars["feature_rank"]) < 1.5:
-        return (
-            "collapse of the features: the backbone tells images hardly apart; lower "
-            "config.optimizer.learning_rate or config.optimizer.clip_norm, or raise "
-            "config.optimizer.warmup_epochs or config.optimizer.freeze_prototypes_epochs"
+        return Collapse(
+            "collapse of the features",
+            "the backbone tells images hardly apart",
+            "lower config.optimizer.learning_rate or config.optimizer.clip_norm, or raise "
+            "config.optimizer.warmup_epochs or config.optimizer.freeze_prototypes_epochs",
         )
     return None
+
+
+def collapse_warning(scalars: Mapping[str, Any], *, num_prototypes: int) -> str | None:
+    """A warning in words when the metrics of a step look like a collapse, else None.
+
+    The text of a kind is always the same, so a caller that remembers the texts it has shown warns
+    once per kind. See `collapse_of`.
+    """
+    found = collapse_of(scalars, num_prototypes=num_prototypes)
+    return found and f"{found.kind}: {found.what}; {found.remedy}"

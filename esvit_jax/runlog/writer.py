@@ -116,6 +116,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for _, record in _parsed_lines(epath.Path(path)) if record is not None]
 
 
+def damaged_lines(path: str | os.PathLike[str]) -> list[int]:
+    """The numbers, from 1, of the lines that `read_metrics` leaves out."""
+    lines = enumerate(_parsed_lines(epath.Path(path)), start=1)
+    return [number for number, (_, record) in lines if record is None]
+
+
 def _parsed_lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Yields each line and what it holds; None for one that is damaged or has no end."""
     with path.open("rb") as lines:
@@ -134,8 +140,7 @@ def _keep_steps(path: epath.Path, last: int, report: Callable[[str], None]) -> N
     kept = [line for line, record in lines if record is not None and record["step"] <= last]
     if len(kept) == len(lines):
         return
-    damaged = [i for i, (_, record) in enumerate(lines, start=1) if record is None]
-    if damaged:
+    if damaged := damaged_lines(path):
         numbers = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
         report(f"damaged and left out: line {numbers} of {path.name}; those around it are kept")
     temporary = path.with_name(f"{path.name}.tmp")
