@@ -56,6 +56,7 @@ setup(
     package_dir={"esvit_jax.configs": "configs"},
     package_data={
         "esvit_jax": ["py.typed"],
+        "esvit_jax.analyze": ["report.html"],
         "esvit_jax.data": ["bundled/*.md", "bundled/*.py", "bundled/fashion_mnist_mini/*"],
     },
     entry_points={"console_scripts": ["esvit = esvit_jax.__main__:main"]},
@@ -69,6 +70,7 @@ setup(
         "grain>=0.2.14",
         "importlib_resources",  # of tensorflow-datasets, which does not declare it
         "jax>=0.10",
+        "jinja2>=3.1",
         "jaxtyping",
         "matplotlib",
         "ml-collections>=1.1",

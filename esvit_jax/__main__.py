@@ -26,6 +26,7 @@ COMMANDS = {
     "attention": ("esvit_jax.commands.attention", "draw where a backbone looks"),
     "neighbours": ("esvit_jax.commands.neighbours", "draw the images most like some image"),
     "map": ("esvit_jax.commands.map", "draw all images as points, like ones close together"),
+    "report": ("esvit_jax.commands.report", "put all that is known of a run on one page"),
     "embed": ("esvit_jax.commands.embed", "write the features of every image to a file"),
     "convert": ("esvit_jax.commands.convert", "turn a published checkpoint into one of ours"),
     "export": ("esvit_jax.commands.export", "write a backbone for other libraries"),

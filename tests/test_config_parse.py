@@ -262,7 +262,7 @@ def test_a_name_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.
     assert load_config("quickstart") == by_path
 
 
-def test_the_installed_package_has_its_configs(tmp_path: Path):
+def test_the_installed_package_has_its_configs_and_its_page(tmp_path: Path):
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True,
@@ -273,3 +273,4 @@ def test_the_installed_package_has_its_configs(tmp_path: Path):
         env={"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert run.stdout.split() == ["0", str(tmp_path / "esvit_jax" / "config" / "parse.py")]
+    assert (tmp_path / "esvit_jax" / "analyze" / "report.html").is_file()

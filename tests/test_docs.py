@@ -48,7 +48,8 @@ def test_commands_exist():
     "command",
     [
         "train", "knn", "linear", "fewshot", "transfer", "dense", "finetune", "correspond",
-        "attention", "neighbours", "map", "embed", "convert", "export", "bench", "plan", "doctor",
+        "attention", "neighbours", "map", "report", "embed", "convert", "export",
+        "bench", "plan", "doctor",
     ],
 )  # fmt: skip
 def test_flags_exist(command: str):

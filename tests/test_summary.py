@@ -37,7 +37,8 @@ def test_a_run_without_a_loss_and_one_with(tmp_path, tiny_config):
         file = io.StringIO()
         summarize(tiny_config, tmp_path, Console(file=file, width=200))
         assert file.getvalue().splitlines() == [
-            said, f"the views of one image: {tmp_path}/figures/views.png"
+            said, f"the views of one image: {tmp_path}/figures/views.png",
+            f"all of it and more on one page: esvit report --workdir={tmp_path}",
         ]  # fmt: skip
         assert (tmp_path / "figures" / "views.png").stat().st_size > 1000
         assert (tmp_path / "figures" / "loss.png").exists() == bool(lines)

@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
-import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from esvit_jax.analyze.figures import loss_figure, views_figure
+from esvit_jax.analyze.views import views_of_images
 from esvit_jax.config import ConfigDict
-from esvit_jax.data.augment import augment, sample_parameters
-from esvit_jax.data.loader import eval_batches
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import renamed
 from esvit_jax.evaluate.result import (
@@ -46,6 +44,7 @@ def summarize(config: ConfigDict, workdir: str | os.PathLike[str], console: Cons
         say(console, f"no loss was logged yet: config.log_every_steps is {config.log_every_steps}")
     draw_views(config, figures / "views.png")
     say(console, f"the views of one image: {figures / 'views.png'}")
+    say(console, f"all of it and more on one page: esvit report --workdir={workdir}")
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
@@ -53,23 +52,46 @@ def tables(results: Sequence[Result]) -> list[Table]:
     return [_table(of_one) for of_one in by_evaluation(results).values()]
 
 
-def _table(results: Sequence[Result]) -> Table:
-    rows: dict[str, Result] = {}
+class Progress(NamedTuple):
+    """What one evaluation has measured of each kind of features, the newest of each.
+
+    Attributes:
+      title: the evaluation and its first quantity.
+      columns: what tells the values apart.
+      rows: the features, and numbers; "" where there is none.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def progress(results: Sequence[Result]) -> Progress:
+    """The results of one evaluation as a table of its first quantity."""
+    kinds: dict[str, Result] = {}
     for result in results:  # of several of a kind the last
         if result.subject == RAW_PIXELS:
-            rows["raw pixels"] = result
+            kinds["raw pixels"] = result
         elif result.step == 0:
-            rows["teacher before training"] = result
+            kinds["teacher before training"] = result
         else:
-            rows["teacher"] = result
+            kinds["teacher"] = result
     evaluation, quantity = results[0].evaluation, results[0].first_quantity
-    columns = dict.fromkeys(which for row in rows.values() for which in row.quantity(quantity))
-    titles = (value_title(evaluation, which) for which in columns)
-    table = Table("features", *titles, title=heading(evaluation, quantity))
-    for name, result in rows.items():
+    columns = dict.fromkeys(which for kind in kinds.values() for which in kind.quantity(quantity))
+    rows = []
+    for name, result in kinds.items():
         title = f"teacher after {result.step} steps" if name == "teacher" else name
         values = result.quantity(quantity)
-        table.add_row(title, *(f"{values[w]:.1f}" if w in values else "" for w in columns))
+        rows.append((title, [f"{values[w]:.1f}" if w in values else "" for w in columns]))
+    titles = [value_title(evaluation, which) for which in columns]
+    return Progress(heading(evaluation, quantity), titles, rows)
+
+
+def _table(results: Sequence[Result]) -> Table:
+    found = progress(results)
+    table = Table("features", *found.columns, title=found.title)
+    for name, values in found.rows:
+        table.add_row(name, *values)
     return table
 
 
@@ -81,22 +103,7 @@ def draw_views(config: ConfigDict, path: str | os.PathLike[str]) -> None:
         source = open_source(
             config.data.name, config.data.train_split, config.data.data_dir or None
         )
-    batches = eval_batches(source, batch_size=1, canvas_size=config.data.canvas_size, num_threads=1)
-    batch = next(batch for batch in batches if batch["mask"][0])
-
-    @jax.jit
-    def cut(key, canvas, size):
-        views = augment(key[None], canvas, size, config.views)
-        return views, sample_parameters(key, size[0], config.views).box
-
-    key = jax.random.split(jax.random.key(config.seed), 1)[0]
-    views, boxes = cut(key, batch["canvas"], batch["size"])
-    height, width = batch["size"][0]
+    (viewed,) = views_of_images(config, source, 1)
     views_figure(
-        batch["canvas"][0, :height, :width],
-        {name: np.asarray(stack[:, 0]) for name, stack in views.items()},
-        np.asarray(boxes),
-        config.views.mean,
-        config.views.std,
-        path,
+        viewed.image, viewed.views, viewed.boxes, config.views.mean, config.views.std, path
     )
