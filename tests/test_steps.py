@@ -67,7 +67,7 @@ def test_centers_and_features_are_the_old_teachers(taken):
     keys = jax.vmap(lambda i: jax.random.fold_in(view_key, i))(jnp.arange(8))
     batch = {name: jnp.asarray(x[0]) for name, x in random_batch().items()}
     views = recipe.make_views(keys, batch)
-    teacher = jax.jit(recipe.model.forward)(old.teacher, [views["global"]])
+    teacher, _ = jax.jit(recipe.model.forward_training)(old.teacher, [views["global"]])
     np.testing.assert_allclose(features, teacher.view_features[0][0], rtol=1e-4, atol=1e-5)
     for name, head in teacher.heads.items():
         logits = head.vectors[0].reshape(-1, 8) @ head.prototypes.T
