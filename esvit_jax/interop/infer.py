@@ -10,6 +10,7 @@ from esvit_jax.config import ConfigDict, check, default_config
 from esvit_jax.errors import UserError
 from esvit_jax.interop.config_beside import OurConfig
 from esvit_jax.interop.files import Contents
+from esvit_jax.interop.names.base import LARGEST_IMAGE
 from esvit_jax.interop.names.published import Tensors, state_dict_from_params
 from esvit_jax.models import PRESETS, Backbone, EsViT, create_model
 from esvit_jax.state import init_params, zero_centers
@@ -19,7 +20,6 @@ IMAGE_FIELDS = (
     ("views", "global_size"), ("views", "local_size"), ("views", "mean"), ("views", "std"),
     ("data", "canvas_size"), ("evaluate", "size"), ("evaluate", "crop"),
 )  # fmt: skip
-LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
 
 
 def infer_config(

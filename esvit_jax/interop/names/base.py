@@ -1,13 +1,14 @@
 """What files need to know of a family of backbones: names of tensors, and what shapes tell."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.models import Backbone
 
 B = TypeVar("B", bound=Backbone)
+LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
 
 
 class Inferred(NamedTuple):
@@ -56,7 +57,7 @@ class Peer(Generic[B]):
     to_names: Callable[[Tensors], Tensors]
     from_names: Callable[[Tensors], Tensors]
     arguments: Callable[[B, int], dict[str, Any]]
-    agreeing_sizes: Callable[[B], list[int]]
+    agreeing_sizes: Callable[[B], Sequence[int]]
     difference: str
     advice: str
     view_features: Callable[[Any, Any], Any] = _pooled

@@ -6,13 +6,13 @@ before and after pooling.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.names.base import Family, Inferred, Peer
+from esvit_jax.interop.names.base import LARGEST_IMAGE, Family, Inferred, Peer
 from esvit_jax.interop.names.published import HEADS, Tensors
 from esvit_jax.models import ResNet
 from esvit_jax.models.resnet import EXPANSION
@@ -83,9 +83,9 @@ def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
     }
 
 
-def any_size(backbone: ResNet) -> list[int]:
-    """The sizes, in pixels, at which others compute what `backbone` does: all, up to this one."""
-    return list(range(1, 2 * max(backbone.image_size, 512) + 1))
+def any_size(backbone: ResNet) -> Sequence[int]:
+    """The sizes, in pixels, at which others compute what `backbone` does: all."""
+    return range(1, LARGEST_IMAGE + 1)
 
 
 def timm_arguments(backbone: ResNet, image_size: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def timm_arguments(backbone: ResNet, image_size: int) -> dict[str, Any]:
     return {"layers": tuple(backbone.depths)}
 
 
-def sizes_like_timm(backbone: ResNet) -> list[int]:
+def sizes_like_timm(backbone: ResNet) -> Sequence[int]:
     """All sizes, if its stem is timm's."""
     usual = backbone.base_width == 64 and len(backbone.depths) == 4
     return any_size(backbone) if usual else []
