@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.names.base import LARGEST_IMAGE, Family, Inferred, Peer
+from esvit_jax.interop.names.base import COUNTER, LARGEST_IMAGE, Family, Inferred, Peer
 from esvit_jax.interop.names.published import HEADS, Tensors
 from esvit_jax.models import ResNet
 from esvit_jax.models.resnet import EXPANSION
@@ -20,7 +20,6 @@ from esvit_jax.models.resnet import EXPANSION
 PREFIX = "backbone.backbone."
 STEM, FIRST = "conv1.weight", "layer1.0.conv3.weight"
 NORM = ("weight", "bias", "running_mean", "running_var")
-COUNTER = "num_batches_tracked"
 
 
 # transformers: of a stage's layer, its three convolutions with norms, and the shortcut.
@@ -103,7 +102,6 @@ class ResNetFamily(Family[ResNet]):
     """See the top of this file."""
 
     signature = f"{STEM} and {FIRST}"
-    buffers = (COUNTER,)
     timm = Peer(
         model="ResNet",
         to_names=dict,
