@@ -125,21 +125,24 @@ def test_a_checkpoint_of_dino(tmp_path):
     assert_same(loaded.teacher, params)
 
 
-@pytest.mark.parametrize("kind", ["DeiT's", "transformers'"])
+@pytest.mark.parametrize("kind", ["DeiT's", "transformers'", "transformers' with classifier"])
 def test_supervised_ones_become_backbones(tmp_path, kind):
     config = small_config()
     tensors = backbone_tensors(config)
-    if kind == "transformers'":
-        file = write(tmp_path / "a.safetensors", names.SPELLING.to_names(tensors))
-    else:
-        classifier = {"head.weight": np.zeros((10, 6), np.float32), "head.bias": np.zeros(10)}
-        file = write(tmp_path / "a.safetensors", tensors | classifier)
+    head = "head" if kind == "DeiT's" else "classifier"
+    if kind != "DeiT's":
+        tensors = names.SPELLING.to_names(tensors)
+    if kind == "transformers' with classifier":
+        tensors = {f"vit.{name}": tensor for name, tensor in tensors.items()}
+    if kind != "transformers'":
+        tensors |= {f"{head}.weight": np.zeros((10, 6), np.float32), f"{head}.bias": np.zeros(10)}
+    file = write(tmp_path / "a.safetensors", tensors)
     lines = convert(file, tmp_path / "a")
     loaded = checkpoint.load_model(tmp_path / "a")
     assert loaded.model.backbone == small_vit(dtype=np.dtype("float32"), drop_path_rate=0.1)
     assert_same(loaded.network(), {"backbone": random_params(config, 0)["backbone"]})
-    left = "left behind: model head.weight, model head.bias"
-    assert (left in lines) == (kind == "DeiT's")
+    left = f"left behind: model {head}.weight, model {head}.bias"
+    assert (left in lines) == (kind != "transformers'")
 
 
 def test_names_of_transformers():

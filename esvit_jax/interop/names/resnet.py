@@ -1,8 +1,8 @@
 """ResNet: names in the published checkpoints, in timm (torchvision's) and in transformers.
 
-The published EsViT holds torchvision's network two attributes deep, "backbone.backbone.". timm and
-transformers compute the same function, at any size of images: region and view features are theirs
-before and after pooling.
+The published EsViT holds torchvision's network two attributes deep, "backbone.backbone.", DINO one.
+timm and transformers compute the same function, at any size of images: region and view features
+are theirs before and after pooling.
 """
 
 import re
@@ -62,7 +62,7 @@ def from_transformers(tensors: Tensors) -> Tensors:
         match = re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name)
         return f"{stem[match[1]]}.{match[2]}" if match and match[1] in stem else name
 
-    return {renamed(name.removeprefix("resnet.")): x for name, x in tensors.items()}
+    return {renamed(name): x for name, x in tensors.items()}
 
 
 def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
@@ -134,9 +134,9 @@ out.hidden_states[1:]         # the maps of all stages, finest first""",
     )
 
     def published_names(self, tensors: Tensors) -> Tensors:
-        if any(name.removeprefix("resnet.").startswith("encoder.stages.") for name in tensors):
+        if any(name.startswith("encoder.stages.") for name in tensors):
             tensors = from_transformers(tensors)
-        return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        return {re.sub(r"^(backbone\.)+", "", name): tensor for name, tensor in tensors.items()}
 
     def file_names(self, tensors: Tensors) -> Tensors:
         heads = tuple(f"{head}." for head in HEADS)
