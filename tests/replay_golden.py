@@ -340,7 +340,8 @@ class Replay:
         pooled, regions = out.view_features, out.region_features
         if isinstance(backbone, ViT):  # whose files have all tokens of two images there
             regions = rearrange(regions, "b h w d -> b (h w) d")
-            pooled, regions = np.concatenate([pooled[:2, None], regions[:2]], axis=1)
+            tokens = np.concatenate([pooled[:2, None], regions[:2]], axis=1)
+            pooled, regions = tokens[0], tokens[-1]
         return {
             "pooled": self.error(pooled, "pooled"),
             "regions": self.error(regions, "regions"),

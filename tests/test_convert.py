@@ -172,6 +172,20 @@ def test_view_only_with_fixed_norms_and_no_centers(tmp_path):
     assert "it holds no centers: they are 0" in lines
 
 
+def test_heads_with_batch_norms(tmp_path):
+    """Told by their names, in which the last linear has another number; PyTorch's counters go."""
+    config = small_config()
+    config.head.batch_norm = True
+    tensors, student, teacher = published(config)
+    for head in ("head", "head_dense"):
+        tensors[f"teacher.{head}.mlp.1.num_batches_tracked"] = np.array(7)
+    convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "a")
+    loaded = checkpoint.load_model(tmp_path / "a")
+    assert loaded.config.head == config.head
+    assert_same(loaded.student, student)
+    assert_same(loaded.teacher, teacher)
+
+
 def test_key_chooses_the_network(tmp_path):
     tensors, student, _ = published(small_config(), **both_centers())
     file = write(tmp_path / "a.safetensors", tensors)

@@ -149,3 +149,11 @@ def test_what_attention_refuses(workdir, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             attention.main([f"--workdir={workdir}", *flags])
+
+
+def test_a_resnet_has_no_attention(tmp_path, tiny_config):
+    fields = dict.fromkeys(tiny_config.backbone) | {"name": "resnet50", "depths": (1,)}
+    tiny_config.backbone.update(fields | {"base_width": 4})
+    save_random(tmp_path / "run", tiny_config, seed=1, student_seed=2)
+    with pytest.raises(UserError, match="^a ResNet has no attention to look at$"):
+        attention.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}"])

@@ -10,6 +10,7 @@ import pytest
 from replay_golden import Replay
 
 from esvit_jax.interop.files import sort_contents
+from esvit_jax.interop.names.resnet import to_transformers
 
 GOLDEN = Path(__file__).parent / "data" / "resnet_nano.npz"
 # What float32 allows against the file, which was computed in float64.
@@ -64,3 +65,20 @@ def test_its_names_are_told_and_come_back(replay):
     assert set(again) == set(file)
     for name, tensor in again.items():
         np.testing.assert_array_equal(tensor, file[name])
+
+
+@pytest.mark.parametrize("whose", ["torchvision", "DINO", "transformers"])
+def test_other_spellings(replay, whose):
+    """Of whole checkpoints: with a classifier, or with what DINO puts before all names."""
+    tensors = {n: x for n, x in replay.tensors("student/").items() if not n.startswith("head")}
+    file, classifier = tensors, "fc"
+    if whose == "DINO":
+        file = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    if whose == "transformers":
+        file = {f"resnet.{name}": tensor for name, tensor in to_transformers(tensors).items()}
+        classifier = "classifier.1"
+    contents = sort_contents(file | {f"{classifier}.bias": np.ones(3)})
+    assert contents.left_behind == [f"model {classifier}.bias"] and not contents.unknown
+    assert contents.networks["model"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(contents.networks["model"][name], tensor)

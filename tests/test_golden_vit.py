@@ -56,6 +56,18 @@ def test_tokens_and_features_of_the_linear_evaluation(replay):
     assert_close(errors, lambda name: 1e-5)
 
 
+def test_tokens_of_a_single_image(replay, tmp_path):
+    """Of a batch of one, whose file has no second image's."""
+    golden = dict(replay.golden)
+    golden["crops/0"] = golden["crops/0"][:1]
+    del golden["regions"], golden["last4_features"]
+    np.savez(tmp_path / "one.npz", **golden)
+    errors = Replay(tmp_path / "one.npz").features()
+    pooled = errors.pop("pooled")
+    assert pooled is not None and pooled < 1e-5
+    assert set(errors.values()) == {None}
+
+
 def test_one_step(replay):
     assert_close(replay.one_step(), loose)
 

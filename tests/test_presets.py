@@ -26,6 +26,13 @@ def test_fields_replace_those_of_the_preset_and_none_keeps_them():
         ("swin_tiny", {"num_heads": (3, 6)}, r"num_heads = \(3, 6\): one number is needed for"),
         ("swin_tiny", {"num_heads": (3, 6, 12, 25)}, r"num_heads = .*25 does not divide .* 768"),
         ("swin_tiny", {"image_size": 31}, r"image_size = 31: 4 stages .* at least 32"),
+        (
+            "vit_tiny",
+            {"num_heads": [0]},
+            r"num_heads = \(0,\): it must be one or more",
+        ),
+        ("resnet50", {"depths": ()}, r"depths = \(\): it must be one or more"),
+        ("cvt_tiny", {"image_size": 0}, r"image_size = 0: it must be a whole number from 1"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_name(name, fields, message):

@@ -28,9 +28,9 @@ def by_opencv(positions, side, height, width):
 def reference_vit(image, p, backbone):
     """One image [h, w, 3]: normalised tokens and attention [heads, n, n] of each block."""
     size, dim, heads = backbone.patch_size, backbone.embed_dim, backbone.num_heads[0]
-    height, width = (-(-n // size) for n in image.shape[:2])
-    padded = np.zeros((height * size, width * size, 3))
+    padded = np.zeros((max(size, image.shape[0]), max(size, image.shape[1]), 3))
     padded[: image.shape[0], : image.shape[1]] = image
+    height, width = (n // size for n in padded.shape[:2])  # the rest is left out
     tokens = [p["cls_token"][0, 0]]
     proj = p["patch_embed"]["proj"]
     for y in range(height):
@@ -61,14 +61,14 @@ def reference_vit(image, p, backbone):
     return maps, attention
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (9, 22), (3, 5)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (11, 22), (3, 7)])
 def test_whole_backbone_equals_loops(height, width):
-    """Inputs of any size: of the embedding's, padded to patches, smaller than a patch."""
+    """Inputs of any size: of the embedding's, of more than whole patches, smaller than a patch."""
     images = normal(3, 2, height, width, 3)
     params = random_params(TINY.init, images)
     out = jax.jit(functools.partial(TINY.forward, outputs=("attention",)))(params, images)
     maps, attention = reference_vit(np.asarray(images[1]), params, TINY)
-    shape = (-(-height // 4), -(-width // 4), 8)
+    shape = (max(1, height // 4), max(1, width // 4), 8)
     close = functools.partial(np.testing.assert_allclose, rtol=5e-5, atol=5e-5)
     close(out.view_features[1], maps[-1][0])
     close(out.region_features[1], maps[-1][1:].reshape(shape))

@@ -125,21 +125,24 @@ def test_a_checkpoint_of_dino(tmp_path):
     assert_same(loaded.teacher, params)
 
 
-@pytest.mark.parametrize("kind", ["DeiT's", "transformers'"])
+@pytest.mark.parametrize("kind", ["DeiT's", "transformers'", "transformers' with classifier"])
 def test_supervised_ones_become_backbones(tmp_path, kind):
     config = small_config()
     tensors = backbone_tensors(config)
-    if kind == "transformers'":
-        file = write(tmp_path / "a.safetensors", names.SPELLING.to_names(tensors))
-    else:
-        classifier = {"head.weight": np.zeros((10, 6), np.float32), "head.bias": np.zeros(10)}
-        file = write(tmp_path / "a.safetensors", tensors | classifier)
+    head = "head" if kind == "DeiT's" else "classifier"
+    if kind != "DeiT's":
+        tensors = names.SPELLING.to_names(tensors)
+    if kind == "transformers' with classifier":
+        tensors = {f"vit.{name}": tensor for name, tensor in tensors.items()}
+    if kind != "transformers'":
+        tensors |= {f"{head}.weight": np.zeros((10, 6), np.float32), f"{head}.bias": np.zeros(10)}
+    file = write(tmp_path / "a.safetensors", tensors)
     lines = convert(file, tmp_path / "a")
     loaded = checkpoint.load_model(tmp_path / "a")
     assert loaded.model.backbone == small_vit(dtype=np.dtype("float32"), drop_path_rate=0.1)
     assert_same(loaded.network(), {"backbone": random_params(config, 0)["backbone"]})
-    left = "left behind: model head.weight, model head.bias"
-    assert (left in lines) == (kind == "DeiT's")
+    left = f"left behind: model {head}.weight, model {head}.bias"
+    assert (left in lines) == (kind != "transformers'")
 
 
 def test_names_of_transformers():
@@ -207,17 +210,15 @@ def test_positions_for_another_image_size():
 
 def test_sizes_at_which_libraries_agree():
     assert names.sizes_like_timm(small_vit()) == [16]
-    assert names.sizes_like_timm(small_vit(image_size=18)) == []
-    sizes = names.sizes_like_transformers(small_vit())
-    assert sizes == [4, 8, 12, 16, 20, 24, 28, 32]
-    assert size_ranges(sizes) == "4, 8, … 32 pixels"
+    assert names.sizes_like_timm(small_vit(image_size=18)) == [18]
+    assert size_ranges(names.sizes_like_transformers(small_vit())) == "4 to 4096 pixels"
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("format", "size", "readers"),
     [
-        ("huggingface", 224, "transformers"), ("huggingface", 96, "transformers"),
+        ("huggingface", 224, "transformers"), ("huggingface", 100, "transformers"),
         ("timm", 224, "timm"), ("esvit", 224, None), ("stablehlo", 100, None),
     ],
 )  # fmt: skip
@@ -257,7 +258,7 @@ def test_published_names_come_back(nano, golden, tmp_path):
     ("options", "message"),
     [
         ({"format": "timm", "image_size": 96}, "position embedding .*; it agrees at 224 pixels"),
-        ({"format": "huggingface", "image_size": 100}, "whole patches.*; it agrees at 16, 32"),
+        ({"format": "huggingface", "image_size": 15}, "from 16, one patch, to 4096"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_agree_are_refused(nano, tmp_path, options, message):

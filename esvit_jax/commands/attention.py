@@ -124,9 +124,11 @@ def _blocks(loaded: "LoadedModel", wanted: list[int] | None) -> list[int]:
     """Numbers of the blocks to draw.
 
     Raises:
-      UserError: there is no such block.
+      UserError: there is no such block, or none at all.
     """
     blocks = loaded.model.backbone.blocks
+    if not blocks:
+        raise UserError(f"a {type(loaded.model.backbone).__name__} has no attention to look at")
     if wanted is None:
         last = {block.stage: i for i, block in enumerate(blocks)}
         return list(last.values())[-2:]

@@ -19,7 +19,8 @@ from esvit_jax.errors import UserError, renamed
 from esvit_jax.interop.config_beside import config_of
 from esvit_jax.interop.files import Contents, naming, read_tensors, sort_contents
 from esvit_jax.interop.folders import new_folder
-from esvit_jax.interop.infer import LARGEST_IMAGE, check_fit, infer_config
+from esvit_jax.interop.infer import check_fit, infer_config
+from esvit_jax.interop.names.base import LARGEST_IMAGE
 from esvit_jax.interop.names.published import params_from_state_dict
 from esvit_jax.models import EsViT, create_model
 from esvit_jax.state import zero_centers

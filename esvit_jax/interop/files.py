@@ -17,6 +17,7 @@ from esvit_jax.models import Backbone
 
 CLASSIFIER = (
     "head.weight", "head.bias", "head.fc.weight", "head.fc.bias", "fc.weight", "fc.bias",
+    "classifier.weight", "classifier.bias", "classifier.1.weight", "classifier.1.bias",
 )  # fmt: skip
 # Entries of a checkpoint that hold tensors which are no part of a network.
 TRAINING = ("optimizer", "lr_scheduler", "fp16_scaler", "scaler", "amp")
@@ -220,6 +221,8 @@ def _sort_network(tensors: Tensors) -> tuple[type[Backbone], Family[Any], Tensor
     """Class, family, the tensors by published names, and the names of a classifier, left out."""
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
+    if any(name.startswith("classifier.") for name in tensors):  # of transformers
+        tensors = {re.sub(r"^(swin|vit|resnet)\.", "", name): x for name, x in tensors.items()}
     classifier = [name for name in CLASSIFIER if name in tensors]
     tensors = {name: x for name, x in tensors.items() if name not in classifier}
     for name, tensor in tensors.items():

@@ -10,6 +10,7 @@ from esvit_jax.config import ConfigDict, check, default_config
 from esvit_jax.errors import UserError
 from esvit_jax.interop.config_beside import OurConfig
 from esvit_jax.interop.files import Contents
+from esvit_jax.interop.names.base import LARGEST_IMAGE
 from esvit_jax.interop.names.published import Tensors, state_dict_from_params
 from esvit_jax.models import PRESETS, Backbone, EsViT, create_model
 from esvit_jax.state import init_params, zero_centers
@@ -19,7 +20,6 @@ IMAGE_FIELDS = (
     ("views", "global_size"), ("views", "local_size"), ("views", "mean"), ("views", "std"),
     ("data", "canvas_size"), ("evaluate", "size"), ("evaluate", "crop"),
 )  # fmt: skip
-LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
 
 
 def infer_config(
@@ -58,11 +58,12 @@ def infer_config(
         config.data.canvas_size = config.data.canvas_size * max(size, 224) // 224
     matrices = {name: x for name, x in tensors.items() if x.ndim == 2}
     v, g = (matrices.get(f"head.last_layer.weight_{x}") for x in "vg")
-    hidden, bottleneck = (matrices.get(f"head.mlp.{i}.weight") for i in (0, 4))
-    if v is not None and hidden is not None and bottleneck is not None:
+    hidden = matrices.get("head.mlp.0.weight")
+    if v is not None and hidden is not None:
         config.head.num_prototypes = v.shape[0]
         config.head.hidden_dim = hidden.shape[0]
-        config.head.bottleneck_dim = bottleneck.shape[0]
+        config.head.bottleneck_dim = v.shape[1]
+        config.head.batch_norm = "head.mlp.6.weight" in tensors  # without, the last one is mlp.4
         # Shapes do not tell; but norms that were free to move do not all end at 1.
         fixed = g is not None and bool(np.all(g == 1))
         why = f"assumed, because the prototypes' norms are {'all' if fixed else 'not all'} 1"

@@ -60,7 +60,7 @@ class BackboneOutput:
       region_features: [b, h, w, d], the last map, normalised.
       stage_maps: one [b, h_i, w_i, d_i] a stage, finest first, as `Backbone.stages` says; the last
         one is `region_features`. For an image of H x W pixels h_i is H / stride, rounded up (a
-        ViL leaves out what does not fill a patch).
+        ViT and a ViL leave out what does not fill a patch).
       block_means: one [b, d_l] a block, the mean of its map (in the last stage after the norm), or
         its first global token, if it has any.
       attention: one [b, windows, heads, n, n] for each of `Backbone.blocks` (softmax over the last

@@ -213,6 +213,12 @@ def patch_convolution(
     )
 
 
+def at_least(maps: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
+    """The maps, padded with 0 at the bottom and the right where a side is shorter than `size`."""
+    short = [max(0, size - side) for side in maps.shape[1:3]]
+    return jnp.pad(maps, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)))
+
+
 def _patch_product(images: Array, kernel: Array, strides: Sequence[int], *_: Any, **__: Any):
     """`jax.lax.conv_general_dilated` where strides are the kernel's sides; the rest is cut off."""
     p, q = strides

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from esvit_jax.config.fields import ConfigDict  # not of the package, whose checks stand on this
+from esvit_jax.config.fields import FIELDS, ConfigDict  # not of the package: it stands on this
 from esvit_jax.errors import UserError
 from esvit_jax.models.backbone import Backbone
 from esvit_jax.models.cvt import CvT
@@ -71,8 +71,8 @@ def create_backbone(name: str, **fields: Any) -> Backbone:
       **fields: of the backbone's class, in place of its own; None keeps its own.
 
     Raises:
-      UserError: no backbone has this name, it has no such field, or its fields do not fit each
-        other.
+      UserError: no backbone has this name, it has no such field, a field holds what no config may,
+        or they do not fit each other.
     """
     if name not in PRESETS:
         raise UserError(f"known are {', '.join(PRESETS)}", argument="name", value=name)
@@ -84,6 +84,8 @@ def create_backbone(name: str, **fields: Any) -> Backbone:
             raise UserError(
                 f"{name} has no such field; it has {', '.join(known)}", argument=field, value=value
             )
+        if of_config := FIELDS.get(f"backbone.{field}"):
+            of_config.rule.require(field, tuple(value) if isinstance(value, list) else value)
     backbone = backbone_class(**(preset | given))
     backbone.validate()
     return backbone

@@ -126,12 +126,11 @@ def square_means(x: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
 
 
 class PatchEmbed(nn.Module):
-    """Patches to features: a convolution without overlap, then a norm (a ViT has none)."""
+    """Patches to features: a convolution without overlap, then a norm."""
 
     embed_dim: int
     patch_size: int
     dtype: DTypeLike = jnp.float32
-    norm: bool = True
     as_product: bool = False
 
     @nn.compact
@@ -140,7 +139,7 @@ class PatchEmbed(nn.Module):
         height, width, channels = images.shape[1:]
         images = jnp.pad(images, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
         x = patch_convolution(self.embed_dim, size, channels, self.dtype, self.as_product)(images)
-        return LayerNorm(dtype=self.dtype, name="norm")(x) if self.norm else x
+        return LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
 class Stage(nn.Module):

@@ -33,6 +33,7 @@ from esvit_jax.models.layers import (
     DropPath,
     LayerNorm,
     Mlp,
+    at_least,
     patch_convolution,
 )
 from esvit_jax.models.longformer import FullAttention, SparseAttention
@@ -57,11 +58,9 @@ class PatchEmbed(nn.Module):
     ) -> tuple[Float[Array, "b t d"], tuple[int, int]]:
         """Returns the tokens, global ones first, and the shape of the new map."""
         size = self.patch_size
-        images, height, width, channels = maps.shape
-        short = [max(0, size - side) for side in (height, width)]
-        maps = jnp.pad(maps, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)))
+        images, channels = maps.shape[0], maps.shape[-1]
         convolution = patch_convolution(self.embed_dim, size, channels, self.dtype, self.as_product)
-        cells = convolution(maps)
+        cells = convolution(at_least(maps, size))
         cells = LayerNorm(dtype=self.dtype, name="norm_embed")(cells)
         tokens = rearrange(cells, "b h w d -> b (h w) d")
         if self.num_global:

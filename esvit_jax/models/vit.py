@@ -31,9 +31,10 @@ from esvit_jax.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    at_least,
+    patch_convolution,
 )
 from esvit_jax.models.resize import bicubic_matrix
-from esvit_jax.models.swin import PatchEmbed
 
 
 def attend(
@@ -130,6 +131,25 @@ class Block(nn.Module):
         return rows + DropPath(self.drop_path_rate, name="drop_path2")(y, of_mlp), weights
 
 
+class PatchEmbed(nn.Module):
+    """Patches to features: a convolution without overlap.
+
+    What does not fill a patch at the bottom and the right is left out, as in the published
+    implementation; only a side shorter than a patch is padded to one, with 0.
+    """
+
+    embed_dim: int
+    patch_size: int
+    dtype: DTypeLike = jnp.float32
+    as_product: bool = False
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        size, channels = self.patch_size, images.shape[-1]
+        convolution = patch_convolution(self.embed_dim, size, channels, self.dtype, self.as_product)
+        return convolution(at_least(images, size))
+
+
 def resize_positions(
     positions: Float[Array | np.ndarray, "1 n d"], side: int, height: int, width: int
 ) -> Float[Array, "1 m d"]:
@@ -150,7 +170,7 @@ def resize_positions(
 class ViT(Backbone):
     """A ViT backbone: images f32[b, h, w, 3] (any h, w) -> BackboneOutput.
 
-    Sides that are no multiple of a patch are padded with 0. A block's vector in `block_means` is
+    What does not fill a patch is left out, see `PatchEmbed`. A block's vector in `block_means` is
     the class token after it, normalised as the last one is: what the published linear evaluation
     takes.
 
@@ -186,7 +206,7 @@ class ViT(Backbone):
     @property
     def side(self) -> int:
         """Patches along a side of the position embedding."""
-        return -(-self.image_size // self.patch_size)
+        return self.image_size // self.patch_size
 
     @property
     def stages(self) -> tuple[StageInfo, ...]:
@@ -245,7 +265,6 @@ class ViT(Backbone):
             dim,
             self.patch_size,
             self.dtype,
-            norm=False,
             as_product=self.patches == "product",
             name="patch_embed",
         )(images)

@@ -19,9 +19,9 @@ from esvit_jax import checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
 from esvit_jax.interop.exported import load_network
-from esvit_jax.interop.infer import LARGEST_IMAGE, not_finite
+from esvit_jax.interop.infer import not_finite
 from esvit_jax.interop.names import FAMILIES, family_of
-from esvit_jax.interop.names.base import Family, Peer
+from esvit_jax.interop.names.base import LARGEST_IMAGE, Family, Peer
 from esvit_jax.interop.names.published import (
     Tensors,
     params_from_state_dict,
@@ -287,10 +287,7 @@ def peer_or_refuse(source: Exportable, peer: Peer[Any] | None, library: str) -> 
 
 
 def size_ranges(sizes: Sequence[int]) -> str:
-    """Ascending sizes as ranges: "193 to 224 pixels", or "16, 32, … 448 pixels"."""
-    steps = set(np.diff(sizes).tolist())
-    if len(sizes) > 2 and len(steps) == 1 and steps != {1}:
-        return f"{sizes[0]}, {sizes[1]}, … {sizes[-1]} pixels"
+    """Ascending sizes as ranges: "193 to 224 pixels"."""
     starts = [s for s in sizes if s - 1 not in sizes]
     ends = [s for s in sizes if s + 1 not in sizes]
     pairs = zip(starts, ends, strict=True)

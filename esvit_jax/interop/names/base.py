@@ -1,13 +1,15 @@
 """What files need to know of a family of backbones: names of tensors, and what shapes tell."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.models import Backbone
 
+COUNTER = "num_batches_tracked"  # of a batch norm, in backbones and in heads
 B = TypeVar("B", bound=Backbone)
+LARGEST_IMAGE = 4096  # pixels along a side; beyond, masks and images to compare on take gigabytes
 
 
 class Inferred(NamedTuple):
@@ -56,7 +58,7 @@ class Peer(Generic[B]):
     to_names: Callable[[Tensors], Tensors]
     from_names: Callable[[Tensors], Tensors]
     arguments: Callable[[B, int], dict[str, Any]]
-    agreeing_sizes: Callable[[B], list[int]]
+    agreeing_sizes: Callable[[B], Sequence[int]]
     difference: str
     advice: str
     view_features: Callable[[Any, Any], Any] = _pooled
@@ -78,7 +80,7 @@ class Family(Generic[B]):
 
     Attributes:
       signature: the tensors by which it is recognised, in words.
-      buffers: last parts of the names of tensors that hold no weights.
+      buffers: last parts of the names of tensors that hold no weights, beside `COUNTER`.
       timm, transformers: the family in these libraries; None where they lack it.
       why_no_peer: what to know of a library that has none, in words.
       supervised_remark: what to know of a supervised one that is converted, in words.
@@ -140,5 +142,5 @@ class Family(Generic[B]):
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if name.rsplit(".", 1)[-1] not in self.buffers
+            if name.rsplit(".", 1)[-1] not in (*self.buffers, COUNTER)
         }

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.names.base import Family, Inferred
+from esvit_jax.interop.names.base import COUNTER, Family, Inferred
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.models import PRESETS, CvT
 
 EMBEDDING, DEPTHWISE = "stage0.0.proj.weight", "stage0.1.layers.0.0.fn.qkv.dw.weight"
-COUNTER = "num_batches_tracked"
 # Parts of names that only the supervised one has, in Microsoft's files and in transformers'.
 SUPERVISED = ("attn.conv_proj_q.", "convolution_projection_query.")
 
@@ -45,7 +44,6 @@ class CvTFamily(Family[CvT]):
     """See the top of this file."""
 
     signature = f"{EMBEDDING} and {DEPTHWISE}"
-    buffers = (COUNTER,)
     why_no_peer = "a supervised CvT, such as transformers' CvtModel, is another function"
 
     def published_names(self, tensors: Tensors) -> Tensors:

@@ -1,18 +1,18 @@
 """ResNet: names in the published checkpoints, in timm (torchvision's) and in transformers.
 
-The published EsViT holds torchvision's network two attributes deep, "backbone.backbone.". timm and
-transformers compute the same function, at any size of images: region and view features are theirs
-before and after pooling.
+The published EsViT holds torchvision's network two attributes deep, "backbone.backbone.", DINO one.
+timm and transformers compute the same function, at any size of images: region and view features
+are theirs before and after pooling.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.names.base import Family, Inferred, Peer
+from esvit_jax.interop.names.base import COUNTER, LARGEST_IMAGE, Family, Inferred, Peer
 from esvit_jax.interop.names.published import HEADS, Tensors
 from esvit_jax.models import ResNet
 from esvit_jax.models.resnet import EXPANSION
@@ -20,7 +20,6 @@ from esvit_jax.models.resnet import EXPANSION
 PREFIX = "backbone.backbone."
 STEM, FIRST = "conv1.weight", "layer1.0.conv3.weight"
 NORM = ("weight", "bias", "running_mean", "running_var")
-COUNTER = "num_batches_tracked"
 
 
 # transformers: of a stage's layer, its three convolutions with norms, and the shortcut.
@@ -63,7 +62,7 @@ def from_transformers(tensors: Tensors) -> Tensors:
         match = re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name)
         return f"{stem[match[1]]}.{match[2]}" if match and match[1] in stem else name
 
-    return {renamed(name.removeprefix("resnet.")): x for name, x in tensors.items()}
+    return {renamed(name): x for name, x in tensors.items()}
 
 
 def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
@@ -83,9 +82,9 @@ def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
     }
 
 
-def any_size(backbone: ResNet) -> list[int]:
-    """The sizes, in pixels, at which others compute what `backbone` does: all, up to this one."""
-    return list(range(1, 2 * max(backbone.image_size, 512) + 1))
+def any_size(backbone: ResNet) -> Sequence[int]:
+    """The sizes, in pixels, at which others compute what `backbone` does: all."""
+    return range(1, LARGEST_IMAGE + 1)
 
 
 def timm_arguments(backbone: ResNet, image_size: int) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def timm_arguments(backbone: ResNet, image_size: int) -> dict[str, Any]:
     return {"layers": tuple(backbone.depths)}
 
 
-def sizes_like_timm(backbone: ResNet) -> list[int]:
+def sizes_like_timm(backbone: ResNet) -> Sequence[int]:
     """All sizes, if its stem is timm's."""
     usual = backbone.base_width == 64 and len(backbone.depths) == 4
     return any_size(backbone) if usual else []
@@ -103,7 +102,6 @@ class ResNetFamily(Family[ResNet]):
     """See the top of this file."""
 
     signature = f"{STEM} and {FIRST}"
-    buffers = (COUNTER,)
     timm = Peer(
         model="ResNet",
         to_names=dict,
@@ -136,9 +134,9 @@ out.hidden_states[1:]         # the maps of all stages, finest first""",
     )
 
     def published_names(self, tensors: Tensors) -> Tensors:
-        if any(name.removeprefix("resnet.").startswith("encoder.stages.") for name in tensors):
+        if any(name.startswith("encoder.stages.") for name in tensors):
             tensors = from_transformers(tensors)
-        return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        return {re.sub(r"^(backbone\.)+", "", name): tensor for name, tensor in tensors.items()}
 
     def file_names(self, tensors: Tensors) -> Tensors:
         heads = tuple(f"{head}." for head in HEADS)

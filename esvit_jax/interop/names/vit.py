@@ -1,23 +1,22 @@
 """ViT: names in the published checkpoints, in timm and in transformers, and what shapes tell.
 
 EsViT's, DINO's, DeiT's and timm's files have the same names, but for a prefix in whole checkpoints
-of DINO. Shapes do not tell the number of
-heads: DeiT has one for each 64 features.
+of DINO. Shapes do not tell the number of heads: DeiT has one for each 64 features.
 
-Both libraries leave out what is left of an image beside whole patches, which we pad. For an image
-of another size than that of the position embedding, transformers resizes it as we do (if it is
-told to), timm with another bicubic kernel.
+Both libraries leave out what does not fill a patch, as we do. For an image of another size than
+that of the position embedding, transformers resizes it as we do (if it is told to), timm with
+another bicubic kernel.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from esvit_jax.errors import UserError
-from esvit_jax.interop.names.base import Family, Inferred, Peer
+from esvit_jax.interop.names.base import LARGEST_IMAGE, Family, Inferred, Peer
 from esvit_jax.interop.names.published import Tensors
 from esvit_jax.interop.names.spelling import Spelling
 from esvit_jax.models import ViT
@@ -44,8 +43,8 @@ def timm_arguments(backbone: ViT, image_size: int) -> dict[str, Any]:
 
 
 def sizes_like_timm(backbone: ViT) -> list[int]:
-    """The size of the position embedding, if it is of whole patches."""
-    return [] if backbone.image_size % backbone.patch_size else [backbone.image_size]
+    """The size of the position embedding."""
+    return [backbone.image_size]
 
 
 # transformers
@@ -89,10 +88,9 @@ def transformers_config(backbone: ViT, image_size: int) -> dict[str, Any]:
     }
 
 
-def sizes_like_transformers(backbone: ViT) -> list[int]:
-    """Whole patches, up to twice the size of the position embedding; larger ones agree as well."""
-    patch_size = backbone.patch_size
-    return list(range(patch_size, 2 * backbone.image_size + 1, patch_size))
+def sizes_like_transformers(backbone: ViT) -> Sequence[int]:
+    """All that have a patch."""
+    return range(backbone.patch_size, LARGEST_IMAGE + 1)
 
 
 # What shapes tell
@@ -135,8 +133,8 @@ model.forward_features(images)[:, 1:]  # region features [b, h * w, d]""",
         from_names=SPELLING.from_names,
         arguments=transformers_config,
         agreeing_sizes=sizes_like_transformers,
-        difference="it leaves out what is left of an image beside whole patches",
-        advice="Features agree for images of whole patches, of any size, square or not.",
+        difference="it agrees at any size",
+        advice="Features agree for images of any size from a patch on, square or not.",
         options={"add_pooling_layer": False},
         view_features=lambda model, pixels: model(
             pixels, interpolate_pos_encoding=True
@@ -175,7 +173,7 @@ out.last_hidden_state[:, 1:]  # region features [b, h * w, d]""",
                 f"its position embedding is of a class token and {patches} others, which are the "
                 "patches of no square image"
             )
-        if image_size is not None and -(-image_size // patch_size) != side:
+        if image_size is not None and image_size // patch_size != side:
             raise UserError(
                 f"the position embedding is of {side} x {side} patches of {patch_size} pixels",
                 argument="image_size", value=image_size,
