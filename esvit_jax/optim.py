@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from esvit_jax.models.layers import is_running
+from esvit_jax.models.batch_norm import is_running
 
 Schedule = Callable[[ArrayLike], jax.Array]
 

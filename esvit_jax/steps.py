@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from esvit_jax import losses, prototypes
+from esvit_jax.models.batch_norm import AXIS, with_statistics
 from esvit_jax.models.esvit import EsViT
-from esvit_jax.models.layers import AXIS, with_statistics
 from esvit_jax.optim import Schedule, teacher_params, with_teacher_params
 from esvit_jax.state import ClassifierState, TrainState
 

@@ -29,7 +29,7 @@ class AnalysisReplay:
         self.golden = np.load(path)
         self.config = json.loads(str(self.golden["config"]))
         weights = np.load(Path(path).parent / self.config["weights"])
-        self.backbone = build_model(json.loads(str(weights["config"]))).backbone
+        self.backbone = build_model(weights).backbone
         state = tensors(weights, f"{self.config['network']}/")
         self.params = params_from_state_dict(state)["backbone"]
 

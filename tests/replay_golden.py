@@ -10,10 +10,9 @@ arrays; the file with the weights lies beside it.
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -24,10 +23,10 @@ from einops import rearrange
 from jaxtyping import PyTree
 
 from esvit_jax import optim, parallel, steps
-from esvit_jax.interop.names import family_of
+from esvit_jax.interop.names import family_of, recognise
 from esvit_jax.interop.names.published import params_from_state_dict, state_dict_from_params
-from esvit_jax.models import Backbone, CvT, EsViT, ResNet, Swin, ViL, ViT
-from esvit_jax.models.layers import AXIS
+from esvit_jax.models import EsViT, ViT
+from esvit_jax.models.batch_norm import AXIS
 from esvit_jax.state import TrainState, create_state
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
@@ -41,60 +40,22 @@ def relative_error(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30))
 
 
-def swin_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a Swin's file."""
-    return {"window_size": config["window_size"], "embed_dim": config["embed_dim"]} | common(config)
+def build_model(golden: Any, **fields: Any) -> EsViT:
+    """The network of a file; `fields` replace those of `EsViT` (dtype).
 
-
-def resnet_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a ResNet's file."""
-    return {"depths": tuple(config["layers"]), "base_width": config["base_width"]}
-
-
-def vit_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a ViT's file."""
-    return {"patch_size": config["patch_size"], "embed_dim": config["embed_dim"]} | common(config)
-
-
-def cvt_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a CvT's file; `window_size` is 7 where it says nothing."""
-    window = {key: config[key] for key in ("window_size",) if key in config}
-    return {"embed_dims": tuple(config["embed_dims"])} | window | common(config)
-
-
-def vil_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a ViL's file, whose "arch" is a string like "l1,h3,d96,n2,s1,g1,p4,f7,a0_l2,h6,…"."""
-    stages = [{x[0]: int(x[1:]) for x in stage.split(",")} for stage in config["arch"].split("_")]
-    names = {"d": "embed_dims", "n": "depths", "h": "num_heads", "g": "num_global"}
-    fields = {
-        name: tuple(stage[letter] for stage in stages)
-        for letter, name in (names | {"p": "patch_sizes"}).items()
-    }
-    sparse = itertools.takewhile(lambda stage: stage["s"], stages)  # once full, all later ones are
-    return fields | {"window_sizes": tuple(stage["f"] for stage in sparse)}
-
-
-def common(config: dict[str, Any]) -> dict[str, Any]:
-    """What the transformers' files say in the same words."""
-    return {"depths": tuple(config["depths"]), "num_heads": tuple(config["num_heads"])}
-
-
-# Of each family: a key of a file's config by which it is known, its class, what its fields are.
-BACKBONES: dict[str, tuple[type[Backbone], Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "base_width": (ResNet, resnet_fields),
-    "embed_dims": (CvT, cvt_fields),
-    "arch": (ViL, vil_fields),
-    "window_size": (Swin, swin_fields),
-    "patch_size": (ViT, vit_fields),
-}
-
-
-def build_model(config: dict[str, Any], **fields: Any) -> EsViT:
-    """The golden network; `fields` replace those of `EsViT` (dtype)."""
-    backbone_class, read = next(BACKBONES[key] for key in BACKBONES if key in config)
+    Names tell the family, and shapes what `esvit convert` takes from them; the file's config tells
+    what they cannot.
+    """
+    config = json.loads(str(golden["config"]))
+    backbone_class, family, named = recognise(tensors(golden, "student/"))
     backbone: Any = backbone_class
+    known = family.infer(named, config["img_size"]).fields
+    if "num_heads" in known and "num_heads" in config:
+        known["num_heads"] = tuple(config["num_heads"])
+    if "window_size" in known and "window_size" in config:
+        known["window_size"] = config["window_size"]
     return EsViT(
-        backbone(**read(config), image_size=config["img_size"], **fields),
+        backbone(**known, **fields),
         num_prototypes=config["out_dim"],
         hidden_dim=config["head_hidden_dim"],
         bottleneck_dim=config["head_bottleneck_dim"],
@@ -189,7 +150,7 @@ class Replay:
         self.golden = np.load(path)
         self.config = json.loads(str(self.golden["config"]))
         self.dtype = jnp.dtype(dtype)
-        self.model = build_model(self.config, dtype=self.dtype)
+        self.model = build_model(self.golden, dtype=self.dtype)
         self.family = family_of(self.model.backbone)
         self.prototype_chunk, self.accum_steps = prototype_chunk, accum_steps
         self.copies = copies

@@ -11,8 +11,14 @@ from tiny import tiny_config
 
 from esvit_jax import checkpoint, loop, parallel
 from esvit_jax.config import resolve
+from esvit_jax.models.batch_norm import (
+    AXIS,
+    STATISTICS,
+    BatchNorm,
+    BatchStatistics,
+    with_statistics,
+)
 from esvit_jax.models.heads import ProjectionHead
-from esvit_jax.models.layers import AXIS, STATISTICS, BatchNorm, BatchStatistics, with_statistics
 from esvit_jax.recipe import build
 from esvit_jax.state import create_state, init_params
 

@@ -26,9 +26,9 @@ from esvit_jax.interop.export import export
 from esvit_jax.interop.names.cvt import CvTFamily
 from esvit_jax.interop.names.published import state_dict_from_params
 from esvit_jax.models import PRESETS, CvT, create_backbone
+from esvit_jax.models.batch_norm import AXIS, STATISTICS
 from esvit_jax.models.cvt import ConvAttention
 from esvit_jax.models.depthwise import by_groups, by_shifts
-from esvit_jax.models.layers import AXIS, STATISTICS
 
 TINY: dict[str, Any] = dict(embed_dims=(4, 8), depths=(2, 1), num_heads=(1, 2), window_size=3)
 

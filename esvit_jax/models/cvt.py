@@ -36,12 +36,12 @@ from esvit_jax.models.backbone import (
     StageInfo,
     check_outputs,
 )
+from esvit_jax.models.batch_norm import BatchNorm
 from esvit_jax.models.depthwise import DepthwiseConvolution
 from esvit_jax.models.kernels.layout import Layout
 from esvit_jax.models.layers import (
     LINEAR_INIT,
     REMAT_POLICIES,
-    BatchNorm,
     DropPath,
     LayerNorm,
     Linear,

@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from esvit_jax.models.backbone import Backbone
+from esvit_jax.models.batch_norm import STATISTICS
 from esvit_jax.models.heads import ProjectionHead
-from esvit_jax.models.layers import STATISTICS, Leaf
+from esvit_jax.models.layers import Leaf
 
 
 @struct.dataclass
@@ -113,7 +114,7 @@ class EsViT(nn.Module):
           drop_keys: of a student, one an image, for drop path.
 
         Returns:
-          The outputs, and what batch norms have seen, for `layers.with_statistics`.
+          The outputs, and what batch norms have seen, for `batch_norm.with_statistics`.
         """
         out, seen = self.apply({"params": params}, stacks, drop_keys, mutable=[STATISTICS])
         assert isinstance(out, EsViTOutput)

@@ -6,7 +6,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from esvit_jax.models.layers import BatchNorm, Linear, gelu, l2_normalize, uniform_fan_in
+from esvit_jax.models.batch_norm import BatchNorm
+from esvit_jax.models.layers import Linear, gelu, l2_normalize, uniform_fan_in
 
 
 class Prototypes(nn.Module):

@@ -1,7 +1,7 @@
 """ResNet (He et al. 2016) with bottleneck blocks, v1.5: the stride is in the 3 x 3 convolution.
 
 The region features are the cells of the last map, the view feature is their mean. In training,
-batch norms normalise by the batch: see `layers.BatchNorm`.
+batch norms normalise by the batch: see `batch_norm.BatchNorm`.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +19,8 @@ from esvit_jax.models.backbone import (
     StageInfo,
     check_outputs,
 )
-from esvit_jax.models.layers import REMAT_POLICIES, BatchNorm
+from esvit_jax.models.batch_norm import BatchNorm
+from esvit_jax.models.layers import REMAT_POLICIES
 
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 EXPANSION = 4  # features of a block's output over those of its 3 x 3 convolution
