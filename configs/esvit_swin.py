@@ -9,16 +9,17 @@ Published on ImageNet-1K, linear / k-NN top-1, in percent; not trained here. Onl
 trained with regions from the start. The others went on, `continued=true`, with a run of views alone
 at its epoch 200 (S 14: 180), and were evaluated by k-NN at the epoch that is given.
 
-| Swin | views | views and regions | k-NN at epoch |
-|---|---|---|---|
-| T 7 | 77.0 / 74.2 | 78.0 / 75.7 | 280 |
-| S 7 | 79.2 / 76.9 | 79.5 / 77.7 | 280 |
-| B 7 | 79.6 / 77.7 | 80.4 / 78.9, continued | 260 |
-| T 14 | 77.9 / 75.5 | 78.7 / 77.0, continued | unknown |
-| S 14 | 79.4 / 77.3 | 80.8 / 79.1, continued | 250 |
-| B 14 | 80.5 / 78.3 | 81.3 / 79.3, continued, `norm_last_layer` | 240 |
+| Swin | views | views and regions | k-NN at epoch | planned, hours |
+|---|---|---|---|---:|
+| T 7 | 77.0 / 74.2 | 78.0 / 75.7 | 280 | 54 |
+| S 7 | 79.2 / 76.9 | 79.5 / 77.7 | 280 | 75 |
+| B 7 | 79.6 / 77.7 | 80.4 / 78.9, continued | 260 | 97 |
+| T 14 | 77.9 / 75.5 | 78.7 / 77.0, continued | unknown | 59 |
+| S 14 | 79.4 / 77.3 | 80.8 / 79.1, continued | 250 | 83 |
+| B 14 | 80.5 / 78.3 | 81.3 / 79.3, continued, `norm_last_layer` | 240 | not yet |
 
-L has no published row.
+L has no published row. "Planned" is for 300 epochs with both losses on eight chips of a v5e, 32 images
+a chip, as `esvit plan` estimates it (docs/measurements.md, Plans; no chip was asked).
 """
 
 from esvit_jax.config import ConfigDict, config_arguments, published_run
