@@ -20,15 +20,21 @@ def no_compiler(monkeypatch):
 
 
 def test_operations_and_state_are_those_of_the_whole(tiny_config, no_compiler):
-    for depths, shallow in (((1, 8), [[1, 2], [1, 4]]), ((1, 7), [[1, 3], [1, 5]])):
-        tiny_config.backbone.depths = depths
-        whole = measure.measure(tiny_config, "cpu", num_images=6000, batch_per_chip=2)
-        tiny_config.backbone.depths = depths  # the call above has set the batch, too
-        reckoned = plan_by_depth(tiny_config, "cpu", num_images=6000, batch_per_chip=2)
-        assert reckoned.compiled_depths == shallow
-        for name in ("flops", "parameter_bytes", "optimizer_bytes", "teacher_bytes"):
-            assert getattr(reckoned, name) == getattr(whole, name)
-        assert (reckoned.per_chip_batch, reckoned.chips) == (2, 4)
+    tiny_config.backbone.depths = (1, 6)
+    whole = measure.measure(tiny_config, "cpu", num_images=6000, batch_per_chip=2)
+    reckoned = plan_by_depth(tiny_config, "cpu", num_images=6000, batch_per_chip=2)
+    assert reckoned.compiled_depths == [[1, 2], [1, 4]]
+    for name in ("flops", "parameter_bytes", "optimizer_bytes", "teacher_bytes"):
+        assert getattr(reckoned, name) == getattr(whole, name)
+    assert (reckoned.per_chip_batch, reckoned.chips) == (2, 4)
+
+
+def test_an_odd_stage_is_reckoned_from_odd_ones(tiny_config, monkeypatch):
+    plans = {(1, 3): made_up_plan(8, peak=100, memory=400)}
+    plans[1, 5] = dataclasses.replace(plans[1, 3], peak_bytes=150)
+    monkeypatch.setattr(depth, "plan", lambda config, *_, **__: plans[config.backbone.depths])
+    tiny_config.backbone.depths = (1, 9)
+    assert plan_by_depth(tiny_config, "cpu", num_images=6000).peak_bytes == 250
 
 
 def test_what_the_program_says_grows_likewise():
