@@ -1,7 +1,6 @@
 """What a step reads and writes, and as which two items a checkpoint keeps it."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TypeVar
 
 import jax
@@ -114,7 +113,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     teacher: PyTree | None = None,
-    centers: Mapping[str, jax.Array] = MappingProxyType({}),
+    centers: Mapping[str, jax.Array] | None = None,
     step: int = 0,
 ) -> TrainState:
     """The state before the first step.
@@ -123,7 +122,7 @@ def create_state(
       model, optimizer: of the run.
       params: of the student.
       teacher: its params; None are the student's.
-      centers: those that are not new.
+      centers: those that are not new; None if all are.
       step: that is the first.
     """
     opt_state = optimizer.init(params)
@@ -134,7 +133,7 @@ def create_state(
         step=jnp.full((), step, jnp.int32),
         params=params,
         opt_state=opt_state,
-        centers=zero_centers(model) | dict(centers),
+        centers=zero_centers(model) | dict(centers or {}),
         bad_steps=jnp.zeros((), jnp.int32),
         skipped_steps=jnp.zeros((), jnp.int32),
     )

@@ -10,7 +10,7 @@ import pytest
 from replay_golden import Replay
 
 from esvit_jax.interop.files import sort_contents
-from esvit_jax.interop.names.resnet import to_transformers
+from esvit_jax.interop.names.resnet import SPELLING
 
 GOLDEN = Path(__file__).parent / "data" / "resnet_nano.npz"
 # What float32 allows against the file, which was computed in float64.
@@ -75,7 +75,7 @@ def test_other_spellings(replay, whose):
     if whose == "DINO":
         file = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     if whose == "transformers":
-        file = {f"resnet.{name}": tensor for name, tensor in to_transformers(tensors).items()}
+        file = {f"resnet.{name}": tensor for name, tensor in SPELLING.to_names(tensors).items()}
         classifier = "classifier.1"
     contents = sort_contents(file | {f"{classifier}.bias": np.ones(3)})
     assert contents.left_behind == [f"model {classifier}.bias"] and not contents.unknown

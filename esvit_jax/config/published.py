@@ -2,7 +2,7 @@
 
 from esvit_jax.config.fields import ConfigDict, default_config
 
-IMAGES = 1_281_167  # of ImageNet-1K
+IMAGENET_IMAGES = 1_281_167  # of the training split of ImageNet-1K
 VIEWS_BATCH = 1024  # images a step of the runs that match views alone
 
 
@@ -26,7 +26,7 @@ def published_run(
     config.backbone.name = backbone
     config.loss.region = region
     config.batch_size = batch_size if region else VIEWS_BATCH
-    epoch = IMAGES // VIEWS_BATCH  # steps
+    epoch = IMAGENET_IMAGES // VIEWS_BATCH  # steps
     if not region:
         config.checkpoint_every_steps = epoch
         config.checkpoint_keep_every_steps = 20 * epoch

@@ -1,8 +1,10 @@
 """What every backbone is: a Flax module from images of any size to the same named outputs."""
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, PyTree
@@ -78,9 +80,9 @@ class BackboneOutput:
 class Backbone(nn.Module):
     """The protocol of all backbones; `presets.PRESETS` names them.
 
-    A subclass has as fields what its presets set, `image_size` (pixels along the images that it is
-    trained on) and, for `models.create_model`, `dtype` (of matrix products) and `remat` (what the
-    backward pass computes again).
+    A subclass has as fields what its presets set, `depths` (blocks of each stage) and `image_size`
+    (pixels along the images that it is trained on) and, for `models.create_model`, `dtype` (of
+    matrix products) and `remat` (what the backward pass computes again).
 
     Attributes:
       view_feature: what the feature of a view is, in words.
@@ -109,7 +111,8 @@ class Backbone(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Blocks of all stages."""
-        raise NotImplementedError
+        depths: Sequence[int] = self.depths  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(depths)
 
     def layer_of(self, names: Sequence[str]) -> int:
         """The layer of the param at a path in the tree, by which fine-tuning sets learning rates.
@@ -160,6 +163,63 @@ class Backbone(nn.Module):
         out = self.apply({"params": params}, images, drawn, outputs=outputs)
         assert isinstance(out, BackboneOutput)
         return out
+
+
+def output_of_maps(
+    block_maps: Sequence[Float[Array, "b _ _ _"]],
+    depths: Sequence[int],
+    norm: Callable[[Array], Array],
+    attention: Sequence[Array],
+) -> BackboneOutput:
+    """What a backbone returns whose regions are cells, and whose view feature is their mean.
+
+    Args:
+      block_maps: the map after each block.
+      depths: blocks of each stage; a stage's map is that of its last one.
+      norm: of the maps of the last stage.
+      attention: see `BackboneOutput`.
+    """
+    last = sum(depths[:-1])
+    maps = [*block_maps[:last], *map(norm, block_maps[last:])]
+    maps = [x.astype(jnp.float32) for x in maps]
+    stage_maps = tuple(maps[end - 1] for end in itertools.accumulate(depths))
+    block_means = tuple(jnp.mean(x, axis=(1, 2)) for x in maps)
+    return BackboneOutput(
+        view_features=block_means[-1],
+        region_features=stage_maps[-1],
+        stage_maps=stage_maps,
+        block_means=block_means,
+        attention=tuple(attention),
+    )
+
+
+def check_stages(depths: Sequence[int], **numbers: Sequence[int]) -> None:
+    """Makes sure that there is one number for each stage.
+
+    Raises:
+      UserError: names the field that has others.
+    """
+    for name, values in numbers.items():
+        if len(values) != len(depths):
+            raise UserError(
+                f"one number is needed for each of the {len(depths)} stages of depths = "
+                f"{tuple(depths)}",
+                argument=name, value=tuple(values),
+            )  # fmt: skip
+
+
+def check_heads(num_heads: Sequence[int], stages: Sequence[StageInfo]) -> None:
+    """Makes sure that the heads of each stage share its features.
+
+    Raises:
+      UserError: they cannot.
+    """
+    for stage, heads in zip(stages, num_heads, strict=True):
+        if stage.num_features % heads:
+            raise UserError(
+                f"{heads} does not divide its stage's {stage.num_features} features",
+                argument="num_heads", value=tuple(num_heads),
+            )  # fmt: skip
 
 
 def check_outputs(outputs: Collection[str]) -> None:

@@ -15,12 +15,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from esvit_jax.errors import UserError
 from esvit_jax.models import kernels
 from esvit_jax.models.attention import (
     attention_logits,
@@ -34,7 +32,10 @@ from esvit_jax.models.backbone import (
     BackboneOutput,
     BlockInfo,
     StageInfo,
+    check_heads,
     check_outputs,
+    check_stages,
+    output_of_maps,
 )
 from esvit_jax.models.batch_norm import BatchNorm
 from esvit_jax.models.depthwise import DepthwiseConvolution
@@ -46,6 +47,7 @@ from esvit_jax.models.layers import (
     LayerNorm,
     Linear,
     Size,
+    drop_path_of_blocks,
     quick_gelu,
 )
 
@@ -281,24 +283,8 @@ class CvT(Backbone):
         )
 
     def validate(self) -> None:
-        for field in ("embed_dims", "num_heads"):
-            if len(self.depths) != len(getattr(self, field)):
-                raise UserError(
-                    f"one number is needed for each of the {len(self.depths)} stages of depths = "
-                    f"{tuple(self.depths)}",
-                    argument=field, value=tuple(getattr(self, field)),
-                )  # fmt: skip
-        for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
-            if dim % heads:
-                raise UserError(
-                    f"{heads} does not divide its stage's {dim} features (embed_dims = "
-                    f"{tuple(self.embed_dims)})",
-                    argument="num_heads", value=tuple(self.num_heads),
-                )  # fmt: skip
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
+        check_stages(self.depths, embed_dims=self.embed_dims, num_heads=self.num_heads)
+        check_heads(self.num_heads, self.stages)
 
     def layer_of(self, names: Sequence[str]) -> int:
         if names[0] == "norm":
@@ -320,12 +306,8 @@ class CvT(Backbone):
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
         check_outputs(outputs)
-        depth = sum(self.depths)
-        of_blocks = [None] * depth
-        if drawn is not None:
-            of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
-        rates = np.linspace(0.0, self.drop_path_rate, depth).tolist()
-        x, stage_maps, block_maps, weights = images, [], [], []
+        rates, of_blocks = drop_path_of_blocks(self.drop_path_rate, self.num_blocks, drawn)
+        x, block_maps, weights = images, [], []
         for i, stage_depth in enumerate(self.depths):
             blocks = slice(len(block_maps), len(block_maps) + stage_depth)
             convolution = LATER if i else FIRST
@@ -344,20 +326,10 @@ class CvT(Backbone):
                 name=f"stage{i}_1",
             )(x, of_blocks[blocks])
             x = maps[-1]
-            stage_maps.append(x)
             block_maps += maps
             weights += stage_weights
 
         norm = Norm(name="norm")  # float32: the losses compare what it returns
-        last = sum(self.depths[:-1])
-        block_maps = block_maps[:last] + [norm(x) for x in block_maps[last:]]
-        stage_maps[-1] = block_maps[-1]
-        stage_maps = [x.astype(jnp.float32) for x in stage_maps]
-        block_means = tuple(jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in block_maps)
-        return BackboneOutput(
-            view_features=block_means[-1],
-            region_features=stage_maps[-1],
-            stage_maps=tuple(stage_maps),
-            block_means=block_means,
-            attention=tuple(weights) if "attention" in outputs else (),
+        return output_of_maps(
+            block_maps, self.depths, norm, weights if "attention" in outputs else ()
         )

@@ -87,9 +87,9 @@ def patch_convolution(
 ) -> nn.Conv:
     """The convolution "proj" of patches of size x size pixels, with PyTorch's initialisation.
 
-    It has no overlap, so that it is a product of rows, too: slower, but XLA spreads the gradient
-    of a convolution's kernel over several devices wrong where it comes from `jax.vmap`, as in
-    `config.parallel="fsdp"` (jax 0.10; four devices, 5 features: off by 80 %).
+    It has no overlap, so that it is a product of rows, too. XLA (jax 0.10) spreads the gradient of
+    a convolution's kernel over several devices wrong where it comes from `jax.vmap`, as in
+    `config.parallel="fsdp"`; that of a product it spreads right.
     """
     init = uniform_fan_in(size * size * channels)
     return nn.Conv(
@@ -241,6 +241,22 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         kept = jnp.repeat(drawn < keep, branch.shape[0] // len(drawn))[:, None]
         return jnp.where(kept, branch / keep, 0).astype(branch.dtype)
+
+
+def drop_path_of_blocks(
+    rate: float, count: int, drawn: Float[Array, "b draws"] | None
+) -> tuple[list[float], list[Float[Array, "2 b"] | None]]:
+    """Each block's drop path: its rate, and the numbers of its two branches.
+
+    Args:
+      rate: of the last block; grows linearly from 0 at the first.
+      count: of blocks.
+      drawn: 2 * count numbers in [0, 1) an image; None where nobody trains.
+    """
+    rates = np.linspace(0.0, rate, count).tolist()
+    if drawn is None:
+        return rates, [None] * count
+    return rates, list(rearrange(drawn, "b (l k) -> l k b", k=2))
 
 
 class Mlp(nn.Module):

@@ -91,10 +91,6 @@ class ResNet(Backbone):
     def blocks(self) -> tuple[BlockInfo, ...]:
         return ()
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
-
     def layer_of(self, names: Sequence[str]) -> int:
         if names[0] in ("conv1", "bn1"):
             return 0

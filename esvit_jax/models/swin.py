@@ -10,7 +10,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -22,7 +21,10 @@ from esvit_jax.models.backbone import (
     BackboneOutput,
     BlockInfo,
     StageInfo,
+    check_heads,
     check_outputs,
+    check_stages,
+    output_of_maps,
 )
 from esvit_jax.models.layers import (
     REMAT_POLICIES,
@@ -33,6 +35,7 @@ from esvit_jax.models.layers import (
     NormParameters,
     Size,
     add_bias,
+    drop_path_of_blocks,
     patch_convolution,
     product,
 )
@@ -252,19 +255,8 @@ class Swin(Backbone):
         )
 
     def validate(self) -> None:
-        if len(self.depths) != len(self.num_heads):
-            raise UserError(
-                f"one number is needed for each of the {len(self.depths)} stages of depths = "
-                f"{tuple(self.depths)}",
-                argument="num_heads", value=tuple(self.num_heads),
-            )  # fmt: skip
-        for stage, heads in zip(self.stages, self.num_heads, strict=True):
-            if stage.num_features % heads:
-                raise UserError(
-                    f"{heads} does not divide its stage's {stage.num_features} features "
-                    f"(embed_dim = {self.embed_dim})",
-                    argument="num_heads", value=tuple(self.num_heads),
-                )  # fmt: skip
+        check_stages(self.depths, num_heads=self.num_heads)
+        check_heads(self.num_heads, self.stages)
         smallest = self.stages[-1].stride
         if self.image_size < smallest:
             raise UserError(
@@ -272,10 +264,6 @@ class Swin(Backbone):
                 f"{smallest}",
                 argument="image_size", value=self.image_size,
             )  # fmt: skip
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
 
     def layer_of(self, names: Sequence[str]) -> int:
         if names[0] in ("patch_embed", "norm"):
@@ -299,11 +287,7 @@ class Swin(Backbone):
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
         check_outputs(outputs)
-        depth = sum(self.depths)
-        of_blocks = [None] * depth
-        if drawn is not None:
-            of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
-        rates = np.linspace(0.0, self.drop_path_rate, depth).tolist()
+        rates, of_blocks = drop_path_of_blocks(self.drop_path_rate, self.num_blocks, drawn)
         x = PatchEmbed(
             self.embed_dim,
             self.patch_size,
@@ -311,7 +295,7 @@ class Swin(Backbone):
             as_product=self.patches == "product",
             name="patch_embed",
         )(images)
-        stage_maps, block_maps, weights = [], [], []
+        block_maps, weights = [], []
         for i, stage_depth in enumerate(self.depths):
             window_size, shift = self.stage_window(i)
             blocks = slice(len(block_maps), len(block_maps) + stage_depth)
@@ -330,20 +314,10 @@ class Swin(Backbone):
                 attention=self.attention,
                 name=f"layers_{i}",
             )(x, of_blocks[blocks])
-            stage_maps.append(maps[-1])
             block_maps += maps
             weights += stage_weights
 
         norm = LayerNorm(name="norm")  # float32: the losses compare what it returns
-        last = sum(self.depths[:-1])
-        block_maps = block_maps[:last] + [norm(x) for x in block_maps[last:]]
-        stage_maps[-1] = block_maps[-1]
-        stage_maps = [x.astype(jnp.float32) for x in stage_maps]
-        block_means = tuple(jnp.mean(x.astype(jnp.float32), axis=(1, 2)) for x in block_maps)
-        return BackboneOutput(
-            view_features=block_means[-1],
-            region_features=stage_maps[-1],
-            stage_maps=tuple(stage_maps),
-            block_means=block_means,
-            attention=tuple(weights) if "attention" in outputs else (),
+        return output_of_maps(
+            block_maps, self.depths, norm, weights if "attention" in outputs else ()
         )

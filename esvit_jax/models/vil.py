@@ -25,7 +25,9 @@ from esvit_jax.models.backbone import (
     BackboneOutput,
     BlockInfo,
     StageInfo,
+    check_heads,
     check_outputs,
+    check_stages,
 )
 from esvit_jax.models.layers import (
     LINEAR_INIT,
@@ -34,6 +36,7 @@ from esvit_jax.models.layers import (
     LayerNorm,
     Mlp,
     at_least,
+    drop_path_of_blocks,
     patch_convolution,
 )
 from esvit_jax.models.longformer import FullAttention, SparseAttention
@@ -187,10 +190,6 @@ class ViL(Backbone):
             for _ in range(depth)
         )
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
-
     def layer_of(self, names: Sequence[str]) -> int:
         if names[0] == "norm":
             return self.num_blocks + 1
@@ -203,26 +202,17 @@ class ViL(Backbone):
         return 2 * sum(self.depths)
 
     def validate(self) -> None:
-        count = len(self.depths)
-        for name in ("embed_dims", "num_heads", "num_global", "patch_sizes"):
-            numbers = getattr(self, name)
-            if len(numbers) != count:
-                raise UserError(
-                    f"one number is needed for each of the {count} stages of depths = "
-                    f"{tuple(self.depths)}",
-                    argument=name, value=tuple(numbers),
-                )  # fmt: skip
-        if len(self.window_sizes) > count:
+        check_stages(
+            self.depths, embed_dims=self.embed_dims, num_heads=self.num_heads,
+            num_global=self.num_global, patch_sizes=self.patch_sizes,
+        )  # fmt: skip
+        if len(self.window_sizes) > len(self.depths):
             raise UserError(
-                f"there are more than the {count} stages of depths = {tuple(self.depths)}",
+                f"there are more than the {len(self.depths)} stages of depths = "
+                f"{tuple(self.depths)}",
                 argument="window_sizes", value=tuple(self.window_sizes),
             )  # fmt: skip
-        for features, heads in zip(self.embed_dims, self.num_heads, strict=True):
-            if features % heads:
-                raise UserError(
-                    f"{heads} does not divide its stage's {features} features",
-                    argument="num_heads", value=tuple(self.num_heads),
-                )  # fmt: skip
+        check_heads(self.num_heads, self.stages)
         if self.num_global[-1] > 1:
             raise UserError(
                 "the last stage has one global token, the view feature, or none",
@@ -273,10 +263,7 @@ class ViL(Backbone):
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
         check_outputs(outputs)
-        of_blocks = [(None, None)] * sum(self.depths)
-        if drawn is not None:
-            of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
-        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths)).tolist()
+        rates, of_blocks = drop_path_of_blocks(self.drop_path_rate, self.num_blocks, drawn)
         maps, shape = images, (images.shape[1], images.shape[2])
         stage_maps, block_tokens, weights = [], [], []
         for stage, depth in enumerate(self.depths):
@@ -291,8 +278,10 @@ class ViL(Backbone):
             for block in range(depth):
                 index = len(block_tokens)
                 attention, mlp = self._block(stage, block, rates[index], "attention" in outputs)
-                tokens, block_weights = attention(tokens, shape, of_blocks[index][0])
-                tokens = mlp(tokens, of_blocks[index][1])
+                own = of_blocks[index]
+                of_attention, of_mlp = (None, None) if own is None else own
+                tokens, block_weights = attention(tokens, shape, of_attention)
+                tokens = mlp(tokens, of_mlp)
                 block_tokens.append(tokens)
                 weights.append(block_weights)
             maps = cells_of(tokens, shape)

@@ -32,6 +32,7 @@ from esvit_jax.models.layers import (
     Linear,
     Mlp,
     at_least,
+    drop_path_of_blocks,
     patch_convolution,
 )
 from esvit_jax.models.resize import bicubic_matrix
@@ -216,10 +217,6 @@ class ViT(Backbone):
     def blocks(self) -> tuple[BlockInfo, ...]:
         return (BlockInfo(0, None, num_global=1),) * self.depths[0]
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(self.depths)
-
     def layer_of(self, names: Sequence[str]) -> int:
         if names[0].startswith("blocks_"):
             return int(names[0].removeprefix("blocks_")) + 1
@@ -257,7 +254,7 @@ class ViT(Backbone):
         outputs: Collection[str] = (),
     ) -> BackboneOutput:
         check_outputs(outputs)
-        dim, depth = self.embed_dim, self.depths[0]
+        dim = self.embed_dim
         class_token = self.param("cls_token", LINEAR_INIT, (1, 1, dim))
         positions = self.param("pos_embed", LINEAR_INIT, (1, 1 + self.side**2, dim))
 
@@ -277,13 +274,10 @@ class ViT(Backbone):
         block_class = Block
         if self.remat != "none":
             block_class = nn.remat(Block, static_argnums=(2,), policy=REMAT_POLICIES[self.remat])
-        of_blocks = [None] * depth
-        if drawn is not None:
-            of_blocks = list(rearrange(drawn, "b (l k) -> l k b", k=2))
-        rates = np.linspace(0.0, self.drop_path_rate, depth).tolist()
+        rates, of_blocks = drop_path_of_blocks(self.drop_path_rate, self.num_blocks, drawn)
         norm = LayerNorm(name="norm")  # float32: the losses compare what it returns
         rows, class_tokens, weights = rearrange(x, "b n d -> (b n) d"), [], []
-        for i in range(depth):
+        for i in range(self.num_blocks):
             rows, block_weights = block_class(
                 num_heads=self.num_heads[0],
                 mlp_ratio=self.mlp_ratio,

@@ -1,14 +1,12 @@
 """The plan of a deep network from those of two that are shallower in one stage.
 
 A stage's blocks are alike (Swin's come in pairs, with windows shifted and not), so that every two
-more of them cost the same again; and compiling Swin-S for a TPU takes half an hour and 20 GB of
-memory, while its stage of 18 blocks cut to 2 and to 4 takes a quarter of both. How well that agrees
-with compiling the whole is in docs/measurements.md.
+more of them cost the same again; and a TPU's compiler takes time and memory with every one of them.
+How well this agrees with compiling the whole is in docs/measurements.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from esvit_jax.config import ConfigDict, flatten, resolve, unflatten
 from esvit_jax.errors import UserError
@@ -18,6 +16,7 @@ from esvit_jax.planning.estimate import Expected, Floor, expected, floor
 from esvit_jax.planning.plan import Plan, plan
 from esvit_jax.planning.topology import parse_topology
 
+Number = TypeVar("Number", int, float)
 # What grows with the blocks of a stage.
 GROWING = (
     "parameter_bytes", "optimizer_bytes", "teacher_bytes", "argument_bytes", "temp_bytes",
@@ -74,25 +73,22 @@ def extrapolated(first: Plan, second: Plan, times: int) -> Plan:
     What follows from others (floors, pace, hours) is None; what either does not know is None.
     """
 
-    def farther(a: int | float | None, b: int | float | None) -> int | float | None:
-        return None if a is None or b is None else a + times * (b - a)
+    def farther(a: Number, b: Number) -> Number:
+        return a + times * (b - a)
 
-    grown = {name: farther(getattr(first, name), getattr(second, name)) for name in GROWING}
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in GROWING}
+    grown = {name: None if None in pair else farther(*pair) for name, pair in pairs.items()}
     parts = None
     if first.breakdown is not None and second.breakdown is not None:
-        rows = zip(first.breakdown, second.breakdown, strict=True)
         parts = [
-            Part(
-                a.part, cast(int, farther(a.cycles, b.cycles)), cast(int, farther(a.bytes, b.bytes))
-            )
-            for a, b in rows
+            Part(a.part, farther(a.cycles, b.cycles), farther(a.bytes, b.bytes))
+            for a, b in zip(first.breakdown, second.breakdown, strict=True)
         ]
-    unknown: Mapping[str, Any] = {**Floor()._asdict(), **Expected()._asdict()}
-    grown = {**unknown, **grown}
+    peak = farther(first.peak_bytes, second.peak_bytes)
     return dataclasses.replace(
         second,
-        **grown,
-        fits=second.fits and cast(int, grown["peak_bytes"]) <= second.hbm_bytes,
+        **{**Floor()._asdict(), **Expected()._asdict(), **grown},
+        fits=second.fits and peak <= second.hbm_bytes,
         breakdown=parts,
         costliest=None,
         compile_seconds=first.compile_seconds + second.compile_seconds,

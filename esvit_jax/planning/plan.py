@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 
 from esvit_jax.config import ConfigDict, flatten
+from esvit_jax.config.published import IMAGENET_IMAGES
 from esvit_jax.errors import UserError
 from esvit_jax.planning.breakdown import Costliest, Part
 from esvit_jax.planning.topology import parse_topology
 
-IMAGENET_IMAGES = 1_281_167  # of the training split of ImageNet-1K
 CHILD = "from esvit_jax.planning import measure; measure.answer_order()"
 SIGN_OF_LIFE = 15.0  # seconds between two lines outside a terminal
 

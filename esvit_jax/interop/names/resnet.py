@@ -14,55 +14,29 @@ import numpy as np
 from esvit_jax.errors import UserError
 from esvit_jax.interop.names.base import COUNTER, LARGEST_IMAGE, Family, Inferred, Peer
 from esvit_jax.interop.names.published import HEADS, Tensors
+from esvit_jax.interop.names.spelling import Spelling
 from esvit_jax.models import ResNet
 from esvit_jax.models.resnet import EXPANSION
 
 PREFIX = "backbone.backbone."
 STEM, FIRST = "conv1.weight", "layer1.0.conv3.weight"
-NORM = ("weight", "bias", "running_mean", "running_var")
-
-
-# transformers: of a stage's layer, its three convolutions with norms, and the shortcut.
-
-PARTS = {
-    "conv1": "layer.0.convolution",
-    "bn1": "layer.0.normalization",
-    "conv2": "layer.1.convolution",
-    "bn2": "layer.1.normalization",
-    "conv3": "layer.2.convolution",
-    "bn3": "layer.2.normalization",
-    "downsample.0": "shortcut.convolution",
-    "downsample.1": "shortcut.normalization",
-}
-STEM_PARTS = {"conv1": "convolution", "bn1": "normalization"}
-
-
-def to_transformers(tensors: Tensors) -> Tensors:
-    """A backbone's tensors by transformers' names."""
-
-    def renamed(name: str) -> str:
-        if match := re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)\.(\w+)", name):
-            stage, block, part, leaf = match.groups()
-            return f"encoder.stages.{int(stage) - 1}.layers.{block}.{PARTS[part]}.{leaf}"
-        part, leaf = name.split(".")
-        return f"embedder.embedder.{STEM_PARTS[part]}.{leaf}"
-
-    return {renamed(name): tensor for name, tensor in tensors.items()}
-
-
-def from_transformers(tensors: Tensors) -> Tensors:
-    """The inverse of `to_transformers`; other names stay as they are."""
-    parts, stem = ({new: old for old, new in table.items()} for table in (PARTS, STEM_PARTS))
-
-    def renamed(name: str) -> str:
-        if match := re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)\.(\w+)", name):
-            stage, block, part, leaf = match.groups()
-            if part in parts:
-                return f"layer{int(stage) + 1}.{block}.{parts[part]}.{leaf}"
-        match = re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name)
-        return f"{stem[match[1]]}.{match[2]}" if match and match[1] in stem else name
-
-    return {renamed(name): x for name, x in tensors.items()}
+SPELLING = Spelling(
+    starts={
+        "conv1.": "embedder.embedder.convolution.",
+        "bn1.": "embedder.embedder.normalization.",
+        **{f"layer{i + 1}.": f"encoder.stages.{i}.layers." for i in range(9)},
+    },
+    parts={
+        ".conv1.": ".layer.0.convolution.",
+        ".bn1.": ".layer.0.normalization.",
+        ".conv2.": ".layer.1.convolution.",
+        ".bn2.": ".layer.1.normalization.",
+        ".conv3.": ".layer.2.convolution.",
+        ".bn3.": ".layer.2.normalization.",
+        ".downsample.0.": ".shortcut.convolution.",
+        ".downsample.1.": ".shortcut.normalization.",
+    },
+)
 
 
 def transformers_config(backbone: ResNet, image_size: int) -> dict[str, Any]:
@@ -119,8 +93,8 @@ model.forward_features(images)  # region features [b, d, h, w]""",
     )
     transformers = Peer(
         model="ResNetModel",
-        to_names=to_transformers,
-        from_names=from_transformers,
+        to_names=SPELLING.to_names,
+        from_names=SPELLING.from_names,
         arguments=transformers_config,
         agreeing_sizes=any_size,
         difference="it agrees at any size",
@@ -135,7 +109,7 @@ out.hidden_states[1:]         # the maps of all stages, finest first""",
 
     def published_names(self, tensors: Tensors) -> Tensors:
         if any(name.startswith("encoder.stages.") for name in tensors):
-            tensors = from_transformers(tensors)
+            tensors = SPELLING.from_names(tensors)
         return {re.sub(r"^(backbone\.)+", "", name): tensor for name, tensor in tensors.items()}
 
     def file_names(self, tensors: Tensors) -> Tensors:

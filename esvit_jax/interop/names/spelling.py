@@ -11,17 +11,18 @@ QKV = ("query", "key", "value")
 
 
 class Spelling(NamedTuple):
-    """How a library spells the names of a family, whose qkv it holds as query, key and value.
+    """How a library spells the names of a family, whose qkv it may hold as query, key and value.
 
     Attributes:
       starts: beginnings of published names, and the library's in their place; the first that fits.
       parts: the same for what may stand anywhere in a name.
-      trio: what stands for ".attn.qkv." in a name, with {} for query, key or value.
+      trio: what stands for ".attn.qkv." in a name, with {} for query, key or value; "" where
+        there is none.
     """
 
     starts: dict[str, str]
     parts: dict[str, str]
-    trio: str
+    trio: str = ""
 
     def to_names(self, tensors: Tensors) -> Tensors:
         """Tensors by published names -> by the library's."""
@@ -44,7 +45,7 @@ class Spelling(NamedTuple):
         renamed = {}
         for name, tensor in tensors.items():
             trio = [re.sub(pattern, self.trio.format(part), name) for part in QKV]
-            if trio[0] != trio[1] and all(part in tensors for part in trio):
+            if self.trio and trio[0] != trio[1] and all(part in tensors for part in trio):
                 if name != trio[0]:
                     continue  # joined to its query
                 tensor = np.concatenate([tensors[part] for part in trio])
