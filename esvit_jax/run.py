@@ -15,6 +15,7 @@ from esvit_jax import checkpoint, parallel, preflight, processes
 from esvit_jax.bad_step import Batch
 from esvit_jax.bench.peaks import peak_flops
 from esvit_jax.config import ConfigDict, RunNumbers, resolve
+from esvit_jax.config.fields import FIELDS
 from esvit_jax.data.loader import train_batches
 from esvit_jax.data.sources import Source, open_source
 from esvit_jax.errors import UserError, renamed
@@ -104,11 +105,7 @@ def prepare(
     online = evaluators(config, source, numbers)
     recipe = build(config, numbers)
     start_step = 0
-    if config.init_parts == "run" and not config.init_from:
-        raise UserError(
-            "name the run to go on from in config.init_from", argument="config.init_parts",
-            value="run",
-        )  # fmt: skip
+    _require_source(config)
     if config.init_from and not checkpoint.has_checkpoint(path):
         shapes = jax.eval_shape(functools.partial(init_params, recipe.model), jax.random.key(0))
         start_step = round(started(config, shapes).epochs * numbers.steps_per_epoch)
@@ -180,6 +177,22 @@ def first_state(run: Run, log: RunLog) -> TrainState:
     create = functools.partial(create, step=run.start_step)
     state = jax.jit(create, out_shardings=shardings)(params, teacher, centers)
     return parallel.replicate(state, config.parallel)
+
+
+def _require_source(config: ConfigDict) -> None:
+    """Refuses fields that say what is taken from `config.init_from` where that is empty.
+
+    Recipes set them for whoever names a run; a config alone may have them.
+
+    Raises:
+      UserError: names the field.
+    """
+    for name in ("init_parts", "init_step"):
+        if not config.init_from and config[name] != FIELDS[name].default:
+            raise UserError(
+                "name the run to begin from in config.init_from", argument=f"config.{name}",
+                value=config[name],
+            )  # fmt: skip
 
 
 def started(config: ConfigDict, params: PyTree) -> Start:

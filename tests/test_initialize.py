@@ -122,6 +122,14 @@ def test_init_from_refuses_nan(tmp_path):
         init_from(random_params(config, 2), str(tmp_path / "run"), "backbone")
 
 
+@pytest.mark.parametrize("field, value", [("parts", "run"), ("parts", "backbone"), ("step", 0)])
+def test_what_to_take_from_nowhere_is_refused(tmp_path, tiny_config, field, value):
+    tiny_config[f"init_{field}"] = value
+    words = f"config.init_{field} = {value!r}: name the run to begin from in config.init_from"
+    with pytest.raises(UserError, match=f"^{words}$"):
+        prepare(tiny_config, tmp_path, QUIET)
+
+
 def test_schedules_go_on_where_a_view_only_run_was(tmp_path):
     """Its last steps and those of the run with regions have the same schedules."""
     tiny_config, views, both = tiny.tiny_config(), tmp_path / "views", tmp_path / "both"
