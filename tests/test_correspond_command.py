@@ -40,7 +40,7 @@ def by_hand(workdir, network, count):
     source = open_source(loaded.config.data.name, f"test[:{count}]")
     batch = next(eval_batches(source, batch_size=count, canvas_size=28, num_threads=1))
     canvases = {name: jnp.asarray(batch[name]) for name in ("canvas", "size")}
-    views = mirrored_pairs(canvases, loaded.config, 0)
+    views = mirrored_pairs(canvases, loaded.config, 0, 8)
     params = getattr(loaded, network)["backbone"]
     maps = [np.asarray(loaded.model.backbone.forward(params, v).region_features) for v in views]
     rows, columns = maps[0].shape[1:3]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from PIL import Image
 from replay_analysis import AnalysisReplay
 from tiny import tiny_config
@@ -13,9 +14,11 @@ from tiny import tiny_config
 from esvit_jax.evaluate.correspondence import (
     Correspondence,
     correspond,
+    correspondence,
     mirrored_pairs,
     score_mirrored,
 )
+from esvit_jax.models.backbone import Backbone, BackboneOutput, StageInfo
 
 DATA = Path(__file__).parent / "data"
 
@@ -91,7 +94,7 @@ def test_the_second_view_is_the_first_mirrored_and_grey():
     batch = photo_batch()
     changed = []
     for seed in range(20):
-        first, second = (255 * np.asarray(x) for x in mirrored_pairs(batch, config, seed))
+        first, second = (255 * np.asarray(x) for x in mirrored_pairs(batch, config, seed, 1))
         np.testing.assert_allclose(first, batch["canvas"], atol=1e-3)
         np.testing.assert_allclose(second, second[..., :1].repeat(3, -1), atol=1e-3)
         luma = first @ [0.299, 0.587, 0.114]
@@ -105,7 +108,33 @@ def test_the_second_view_is_the_first_mirrored_and_grey():
 
 def test_what_is_drawn_depends_on_the_image_and_the_seed_alone():
     config, batch = tiny_config(), photo_batch()
-    _, second = mirrored_pairs(batch, config, 3)
+    _, second = mirrored_pairs(batch, config, 3, 1)
     backwards = {name: x[::-1] for name, x in batch.items()}
-    np.testing.assert_array_equal(mirrored_pairs(backwards, config, 3)[1], second[::-1])
-    assert np.abs(np.asarray(mirrored_pairs(batch, config, 4)[1] - second)).max() > 0.01
+    np.testing.assert_array_equal(mirrored_pairs(backwards, config, 3, 1)[1], second[::-1])
+    assert np.abs(np.asarray(mirrored_pairs(batch, config, 4, 1)[1] - second)).max() > 0.01
+
+
+class Cells(Backbone):
+    """Of each cell of 12 x 12 pixels, whole or not at all, the lines' means, which know no side."""
+
+    @property
+    def stages(self):
+        return (StageInfo(12, 12),)
+
+    def forward(self, params, images, **_):
+        count = images.shape[1] // 12
+        cells = images[:, : 12 * count, : 12 * count].mean(-1)
+        lines = rearrange(cells, "b (h y) (w x) -> b h w y x", y=12, x=12).mean(-1)
+        lines -= lines.mean(-1, keepdims=True)
+        return BackboneOutput(lines.mean((1, 2)), lines, (lines,), (), ())
+
+
+def test_views_have_whole_cells():
+    """64 pixels of cells of 12 are cut to 60, so that each cell is one of the mirror image too."""
+    config, batch = tiny_config(), photo_batch()
+    config.views.global_size, config.evaluate.crop = 64, 1.0
+    first, second = mirrored_pairs(batch, config, 0, 12)
+    assert first.shape == second.shape == (2, 60, 60, 3)
+    assert mirrored_pairs(batch, config, 0, 65)[0].shape == (2, 64, 64, 3)
+    score = correspondence(Cells(), config)({}, batch)
+    np.testing.assert_array_equal(score["accuracy"], [1, 1])

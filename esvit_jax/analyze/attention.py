@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from esvit_jax.analyze.cells import cell_at
 from esvit_jax.errors import RunError
 from esvit_jax.models.backbone import Backbone, BackboneOutput, BlockInfo
 
@@ -138,10 +139,24 @@ class Attention:
                 "features are not finite; the network diverged, take an earlier checkpoint"
             )
         self.blocks = backbone.blocks
+        self._strides = [stage.stride for stage in backbone.stages]
+        self._size = images.shape[1:3]
 
     def shape(self, block: int) -> tuple[int, int]:
         """Rows and columns of the map of a block, tokens."""
         return self.output.stage_maps[self.blocks[block].stage].shape[1:3]
+
+    def stride(self, block: int) -> int:
+        """Pixels of an image along a side of a token of a block."""
+        return self._strides[self.blocks[block].stage]
+
+    def token_at(self, block: int, y: float, x: float) -> tuple[int, int]:
+        """Row and column of the token at, or nearest to, a place in shares of height and width."""
+        row, column = (
+            cell_at(share * side, self.stride(block), count)
+            for share, side, count in zip((y, x), self._size, self.shape(block), strict=True)
+        )
+        return row, column
 
     def tokens(self, block: int) -> Int[np.ndarray, "m n"]:
         """See `window_tokens`."""

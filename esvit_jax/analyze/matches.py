@@ -36,11 +36,12 @@ def mirrored_matches(
     Raises:
       RunError: features are not finite.
     """
-    views = jax.jit(lambda batch: mirrored_pairs(batch, loaded.config, seed))(canvases)
+    stride = loaded.model.backbone.stages[-1].stride
+    views = jax.jit(lambda batch: mirrored_pairs(batch, loaded.config, seed, stride))(canvases)
     found = _match(loaded, key, *views)
     pairs = []
     for pair, title in zip(found, titles, strict=True):
-        width = pair.shapes[0][1]
+        width = pair.widths[0]
         row, column = np.divmod(pair.start, width)
         hit = pair.end == row * width + width - 1 - column
         words = f"{title}: {hit.sum()} of {len(hit)} hit"
@@ -73,7 +74,7 @@ def _match(
     maps = forward(first), forward(second)
     if not all(np.isfinite(x).all() for x in maps):
         raise RunError("features are not finite; the network diverged, take an earlier checkpoint")
-    shapes = maps[0].shape[1:3], maps[1].shape[1:3]
+    widths, stride = (maps[0].shape[2], maps[1].shape[2]), backbone.stages[-1].stride
     found = correspond(*(rearrange(x, "b h w d -> b (h w) d") for x in maps))
 
     def picture(view: jax.Array) -> Picture:
@@ -84,7 +85,6 @@ def _match(
     for i in range(len(first)):
         start = np.asarray(found.top[i])[:COUNTED_PAIRS]
         end = np.asarray(found.match[i])[start]
-        pairs.append(
-            MatchedPair(picture(first[i]), picture(second[i]), shapes, start, end, None, "")
-        )
+        both = picture(first[i]), picture(second[i])
+        pairs.append(MatchedPair(*both, widths, stride, start, end, None, ""))
     return pairs

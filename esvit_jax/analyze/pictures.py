@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from esvit_jax.analyze.cells import middle, over_picture
 from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, smoothing, write_figure
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class MatchedPair(NamedTuple):
 
     Attributes:
       first, second: the pictures.
-      shapes: rows and columns of the map of each.
+      widths: columns of the map of each.
+      stride: pixels along a side of a cell.
       start, end: int[k], cells of the first and of the second, counted row by row.
       hit: bool[k], whether a match is the true one; None where nobody knows.
       title: to stand above them.
@@ -53,7 +55,8 @@ class MatchedPair(NamedTuple):
 
     first: Picture
     second: Picture
-    shapes: tuple[tuple[int, int], tuple[int, int]]
+    widths: tuple[int, int]
+    stride: int
     start: Int[np.ndarray, " k"]
     end: Int[np.ndarray, " k"]
     hit: np.ndarray | None
@@ -82,21 +85,23 @@ def _draw_pair(axes: "Axes", pair: MatchedPair) -> None:
     from matplotlib.patches import ConnectionPatch
 
     gap = 0.06
-    heights = [picture.shape[0] / picture.shape[1] for picture in (pair.first, pair.second)]
+    both = pair.first, pair.second
+    heights = [picture.shape[0] / picture.shape[1] for picture in both]
     tallest = max(heights)
     axes.set_xlim(0, 2 + gap)
     axes.set_ylim(tallest, 0)
     axes.set_aspect("equal")
     axes.set_title(pair.title, fontsize=9, parse_math=False)
     offsets = (0.0, 1 + gap)
-    for picture, left, height in zip((pair.first, pair.second), offsets, heights, strict=True):
+    for picture, left, height in zip(both, offsets, heights, strict=True):
         extent = (left, left + 1, height, 0)
         axes.imshow(picture, extent=extent, interpolation=smoothing(picture))
 
     def place(cell: int | np.integer, which: int) -> tuple[float, float]:
-        height, width = pair.shapes[which]
-        row, column = divmod(int(cell), width)
-        return offsets[which] + (column + 0.5) / width, (row + 0.5) / height * heights[which]
+        height, width = both[which].shape[:2]
+        row, column = divmod(int(cell), pair.widths[which])
+        x, y = middle(column, pair.stride, width), middle(row, pair.stride, height)
+        return offsets[which] + x / width, y / width
 
     hits = np.ones(len(pair.start), bool) if pair.hit is None else pair.hit
     for start, end, hit in zip(pair.start, pair.end, hits, strict=True):
@@ -125,6 +130,7 @@ class AttendedPicture(NamedTuple):
 
     Attributes:
       picture: the image.
+      stride: pixels of it along a side of a token.
       maps: f32[heads, h, w], what each token of the map gets.
       kept: bool[heads, h, w], the tokens that hold a share of the mass.
       query: row and column of the token that looks; None where it is not on the map.
@@ -133,6 +139,7 @@ class AttendedPicture(NamedTuple):
     """
 
     picture: Picture
+    stride: int
     maps: Float[np.ndarray, "heads h w"]
     kept: np.ndarray
     query: tuple[int, int] | None
@@ -146,7 +153,7 @@ def attention_figure(
     """Draws a row of pictures, one a head, for each query: heads by falling entropy.
 
     A picture glows where a head looks; the tokens that hold a share of its mass have an outline,
-    the token that looks has a mark.
+    the token that looks has a mark. What no token covers is plain grey.
     """
     from matplotlib.figure import Figure
 
@@ -178,38 +185,39 @@ def _draw_attended(axes: "Axes", row: AttendedPicture, head: int) -> None:
     from matplotlib import colormaps
 
     weights = row.maps[head] / max(row.maps[head].max(), 1e-12)
-    height, width = row.picture.shape[:2]
-    cell = -(-height // weights.shape[0]), -(-width // weights.shape[1])
-    heat = colormaps["inferno"](np.kron(weights, np.ones(cell))[:height, :width])[..., :3]
+    size = row.picture.shape[:2]
+    weights = over_picture(weights, row.stride, size)[..., None]
     gray = row.picture.mean(-1, keepdims=True)
-    axes.imshow(0.45 * gray + 0.55 * heat, interpolation=smoothing(row.picture))
+    heat = 0.45 * gray + 0.55 * colormaps["inferno"](weights[..., 0])[..., :3]
+    shown = np.where(np.isnan(weights), gray, heat)
+    axes.imshow(shown, interpolation=smoothing(row.picture))
     axes.set_title(f"head {head}  {row.entropy[head]:.1f} bits", fontsize=7)
-    _outline(axes, row.kept[head], (height, width))
+    _outline(axes, row.kept[head], row.stride, size)
     _mark(axes, row)
 
 
-def _outline(axes: "Axes", kept: np.ndarray, size: tuple[int, int]) -> None:
-    """The border between the tokens that are kept and all others."""
+def _outline(axes: "Axes", kept: np.ndarray, stride: int, size: tuple[int, int]) -> None:
+    """The border between the tokens that are kept and all others, as far as it is on a picture."""
     from matplotlib.collections import LineCollection
 
-    rows, columns = kept.shape
     padded = np.pad(kept, 1)
-    height, width = size[0] / rows, size[1] / columns
-    lines = []
-    for y, x in np.argwhere(padded[:-1] != padded[1:]):
-        lines.append([((x - 1) * width, y * height), (x * width, y * height)])
-    for y, x in np.argwhere(padded[:, :-1] != padded[:, 1:]):
-        lines.append([(x * width, (y - 1) * height), (x * width, y * height)])
-    moved = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]
-    axes.add_collection(LineCollection(moved, colors=SKY, linewidths=1.1))
+    corners = [((y, x - 1), (y, x)) for y, x in np.argwhere(padded[:-1] != padded[1:])]
+    corners += [((y - 1, x), (y, x)) for y, x in np.argwhere(padded[:, :-1] != padded[:, 1:])]
+    height, width = size
+    lines = [
+        [(min(x * stride, width) - 0.5, min(y * stride, height) - 0.5) for y, x in ends]
+        for ends in corners
+    ]
+    axes.add_collection(LineCollection(lines, colors=SKY, linewidths=1.1))
 
 
 def _mark(axes: "Axes", row: AttendedPicture) -> None:
     if row.query is None:
         return
-    rows, columns = row.maps.shape[1:]
-    height, width = row.picture.shape[:2]
-    x, y = (row.query[1] + 0.5) * width / columns, (row.query[0] + 0.5) * height / rows
+    y, x = (
+        middle(cell, row.stride, side)
+        for cell, side in zip(row.query, row.picture.shape[:2], strict=True)
+    )
     axes.plot(x - 0.5, y - 0.5, "+", color="white", markersize=9, markeredgewidth=2.6)
     axes.plot(x - 0.5, y - 0.5, "+", color=BLUE, markersize=8, markeredgewidth=1.4)
 
@@ -259,6 +267,7 @@ def entropy_figure(
 def components_figure(
     pictures: Sequence[Picture],
     colors: Sequence[Sequence[Picture]],
+    strides: Sequence[int],
     titles: Sequence[str],
     out_path: str | os.PathLike[str],
 ) -> None:
@@ -267,6 +276,7 @@ def components_figure(
     Args:
       pictures: b of them.
       colors: for each map, the colours of its cells in every picture.
+      strides: of each map, pixels along a side of a cell.
       titles: of the maps.
       out_path: PNG file.
     """
@@ -279,8 +289,11 @@ def components_figure(
         axes.set_title(title, fontsize=9)
     for i, picture in enumerate(pictures):
         grid[i, 0].imshow(picture, interpolation=smoothing(picture))
-        for axes, of_map in zip(grid[i, 1:], colors, strict=True):
-            axes.imshow(of_map[i], interpolation="nearest")
+        for axes, of_map, stride in zip(grid[i, 1:], colors, strides, strict=True):
+            height, width = of_map[i].shape[:2]
+            extent = (0, width * stride, height * stride, 0)
+            axes.imshow(of_map[i], interpolation="nearest", extent=extent)
+            axes.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
     for axes in grid.flat:
         axes.set_axis_off()
     write_figure(figure, out_path)

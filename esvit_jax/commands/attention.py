@@ -193,6 +193,7 @@ def _draw(
     maps = [np.asarray(x) for x in attention.output.stage_maps]
     pictures.components_figure(
         shown, [component_colors(list(x)) for x in maps],
+        [stage.stride for stage in loaded.model.backbone.stages],
         [f"stage {i + 1}" for i in range(len(maps))], os.path.join(folder, "regions.png"),
     )  # fmt: skip
     files = ["entropy.png", "regions.png"]
@@ -202,7 +203,8 @@ def _draw(
             rows = []
             for title, query in queries.items():
                 found, kept, bits = attention.seen_from(block, i, query, arguments.mass)
-                rows.append(pictures.AttendedPicture(picture, found, kept, query, bits, title))
+                place = picture, attention.stride(block)
+                rows.append(pictures.AttendedPicture(*place, found, kept, query, bits, title))
             files.append(f"block_{block}_image_{i}.png")
             title = f"{names[i]}: block {block} (stage {attention.blocks[block].stage + 1})"
             pictures.attention_figure(rows, title, os.path.join(folder, files[-1]))
@@ -217,10 +219,7 @@ def _queries(
     if attention.blocks[block].num_global and attention.blocks[block].window_size is None:
         queries["from the class token"] = None
     for point in points:
-        row, column = (
-            min(int(share * n), n - 1)
-            for share, n in zip(point, attention.shape(block), strict=True)
-        )
+        row, column = attention.token_at(block, *point)
         queries[f"from row {row}, column {column}"] = row, column
     return queries
 

@@ -101,7 +101,11 @@ def score_mirrored(
 
 
 def mirrored_pair(
-    key: Key[Array, ""], canvas: UInt8[Array, "s s 3"], size: Int[Array, " 2"], config: ConfigDict
+    key: Key[Array, ""],
+    canvas: UInt8[Array, "s s 3"],
+    size: Int[Array, " 2"],
+    config: ConfigDict,
+    stride: int,
 ) -> tuple[Float[Array, "v v 3"], Float[Array, "v v 3"]]:
     """The two views of one image: its centre; and that mirrored, jittered in colour, and grey.
 
@@ -110,8 +114,11 @@ def mirrored_pair(
       canvas: the image in its top-left corner.
       size: true height and width, pixels.
       config: of the run; `evaluate` and `views` say how views are cut and normalised.
+      stride: pixels along a side of a region. Views have whole regions only: in the mirror image of
+        any other, regions lie elsewhere.
     """
     view_size = config.evaluate.size or config.views.global_size
+    view_size = view_size // stride * stride or view_size
     levels = augment.center_crop(augment.to_levels(canvas), size, view_size, config.evaluate.crop)
     u = jax.random.uniform(key, (3 + len(FACTORS),))
     jitter = u[0] < JITTER_PROBABILITY
@@ -127,7 +134,7 @@ def mirrored_pair(
 
 
 def mirrored_pairs(
-    batch: dict[str, Array], config: ConfigDict, seed: int
+    batch: dict[str, Array], config: ConfigDict, seed: int, stride: int
 ) -> tuple[Float[Array, "b v v 3"], Float[Array, "b v v 3"]]:
     """Of a batch of canvases; what is drawn for an image depends on its pixels and the seed."""
     canvas = batch["canvas"]
@@ -135,7 +142,7 @@ def mirrored_pairs(
     # Like a hash: the same pixels in other places give another sum.
     sums = jnp.sum(canvas.astype(jnp.uint32) * (2 * places + 1), axis=(1, 2, 3))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), sums)
-    pair = functools.partial(mirrored_pair, config=config)
+    pair = functools.partial(mirrored_pair, config=config, stride=stride)
     return jax.vmap(pair)(keys, canvas, batch["size"])
 
 
@@ -147,7 +154,7 @@ def correspondence(
     def extract(params, batch):
         first, second = (
             backbone.forward(params, views).region_features
-            for views in mirrored_pairs(batch, config, seed)
+            for views in mirrored_pairs(batch, config, seed, backbone.stages[-1].stride)
         )
         _, height, width, _ = first.shape
         found = correspond(*(rearrange(x, "b h w d -> b (h w) d") for x in (first, second)))
