@@ -54,9 +54,12 @@ def shapes_of(model):
 def random_params(config, seed):
     """Params with values of their own, without compiling an initialisation."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes_of(create_model(config))
-    )
+
+    def draw(path, leaf):
+        x = rng.standard_normal(leaf.shape).astype(np.float32)
+        return np.abs(x) if path[-1].key == "running_var" else x
+
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(create_model(config)))
 
 
 def published(config, **centers):
@@ -265,6 +268,31 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         "view center: 2 of its 16 values are not finite",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_negative_variances_are_refused(tmp_path):
+    """-0.0 is none; where there are NaN too, these are what is told."""
+    config = small_config()
+    config.head.batch_norm = True
+    tensors, *_ = published(config)
+    (first, second, other), (_, _, third) = (
+        [name for name in tensors if name.startswith(f"{network}.") and name.endswith("_var")][:3]
+        for network in ("teacher", "student")
+    )
+    tensors[first][:3] = -1e-6, -1.0, -0.0
+    tensors[second][:2] = -1.0, np.nan
+    tensors[other][:1] = -0.0
+    tensors[third][:1] = np.inf
+    file = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError) as error:
+        convert(file, tmp_path / "a")
+    said, *lines = str(error.value).splitlines()
+    assert said.startswith(str(file))
+    assert [line.strip() for line in lines] == [
+        f"{third.replace('.module.', ' ')}: 1 of its 12 values are not finite",
+        f"{first.replace('.', ' ', 1)}: 2 of its 12 variances are negative",
+        f"{second.replace('.', ' ', 1)}: 1 of its 12 values are not finite",
+    ]
 
 
 def test_patches_of_no_pixels_are_refused(tmp_path):

@@ -54,7 +54,7 @@ def convert(
 
     Raises:
       UserError: the file cannot be read or does not fit (every name and shape that does not, and
-        every tensor that is not finite, is listed) or is not what the config beside it says, the
+        every tensor with `bad_values`, is listed) or is not what the config beside it says, the
         directory cannot be made, or an argument is wrong. Nothing is written then.
     """
     if key not in ("teacher", "student"):

@@ -153,11 +153,11 @@ def preset_and_fields(backbone_class: type[Backbone], fields: Mapping[str, Any])
 
 
 def check_fit(contents: Contents, model: EsViT) -> None:
-    """Makes sure that a file's networks and centers are exactly a model's, or its backbone, finite.
+    """Makes sure that a file's networks and centers are exactly a model's, or its backbone.
 
     Raises:
       UserError: lists, a line each, all names that are unknown or missing, all wrong shapes, and
-        tensors with values that are not finite.
+        tensors with `bad_values`.
     """
     family = contents.family
     shapes = _expected_shapes(model, heads=contents.has_heads)
@@ -170,20 +170,26 @@ def check_fit(contents: Contents, model: EsViT) -> None:
         for name, center in contents.centers.items()
         if name not in centers or center.shape != centers[name].shape
     ]
-    lines += [f"{name} center: {words}" for name, words in not_finite(contents.centers).items()]
+    lines += [f"{name} center: {words}" for name, words in bad_values(contents.centers).items()]
     if lines:
         words = family.describe(model.backbone)
         raise UserError(f"it does not fit {words}:\n  " + "\n  ".join(lines))
 
 
-def not_finite(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """By the names of floating-point tensors with NaN or infinities: how many there are."""
+def bad_values(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """By the names of floating-point tensors of which no network can be made: what is wrong.
+
+    That is NaN, infinities, and negative variances of batch norms.
+    """
     found = {}
     for name, tensor in tensors.items():
         values = np.asarray(tensor)
-        bad = np.count_nonzero(~np.isfinite(values)) if values.dtype.kind == "f" else 0
-        if bad:
+        if values.dtype.kind != "f":
+            continue
+        if bad := np.count_nonzero(~np.isfinite(values)):
             found[name] = f"{bad} of its {values.size} values are not finite"
+        elif name.endswith("running_var") and (bad := np.count_nonzero(values < 0)):
+            found[name] = f"{bad} of its {values.size} variances are negative"
     return found
 
 
@@ -208,4 +214,4 @@ def _misfits(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], network: s
             lines.append(f"wrong shape: {network} {name} is {shape}, not {wanted}")
         elif tensor.dtype != np.float32:
             lines.append(f"wrong type: {network} {name} is {tensor.dtype}, no floating-point one")
-    return lines + [f"{network} {name}: {words}" for name, words in not_finite(tensors).items()]
+    return lines + [f"{network} {name}: {words}" for name, words in bad_values(tensors).items()]

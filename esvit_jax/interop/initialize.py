@@ -10,7 +10,7 @@ from flax import traverse_util
 from esvit_jax import checkpoint
 from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.errors import UserError, renamed
-from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.infer import bad_values
 
 PARTS = ("all", "backbone", "run")
 
@@ -54,7 +54,7 @@ def init_from(
 
     Raises:
       UserError: `init_from` holds no (such) model, lacks a tensor of what is taken, has it in
-        another shape or with values that are not finite, all such tensors are listed; or it does
+        another shape or with `bad_values`, all such tensors are listed; or it does
         not tell its epoch.
     """
     if init_parts not in PARTS:
@@ -117,7 +117,7 @@ def _misfits(
     ]
     lines += [f"unknown: {prefix}{name}" for name in theirs if name not in ours]
     used = {name: theirs[name] for name in ours if name in theirs}
-    return lines + [f"{prefix}{name}: {words}" for name, words in not_finite(used).items()]
+    return lines + [f"{prefix}{name}: {words}" for name, words in bad_values(used).items()]
 
 
 def _epochs(loaded: LoadedModel, init_from: str) -> float:

@@ -17,7 +17,7 @@ from esvit_jax.evaluate.features import evaluation_images
 from esvit_jax.interop.config_beside import read_config
 from esvit_jax.interop.exported import PROGRAM, read_export
 from esvit_jax.interop.formats.stablehlo import load_program
-from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.infer import bad_values
 from esvit_jax.interop.names.published import state_dict_from_params
 from esvit_jax.models import Backbone, create_model
 
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike) -> LoadedBackbone:
 
     The stage maps are what a feature pyramid (FPN) for detection or segmentation stands on. Images
     may have any size, square or not: of H x W pixels the map of stage i has H / stride_i rows and
-    W / stride_i columns, rounded up (a ViL leaves out what does not fill a patch), and
+    W / stride_i columns, rounded up (a ViT and a ViL leave out what does not fill a patch), and
     `backbone.stages` has stride and features of each. For those, normalise images yourself, as
     `preprocess` cuts out a square: (pixels / 255 - mean) / std, with `views.mean` and `views.std`
     of its config.json.
@@ -88,7 +88,7 @@ def _read(path: str) -> tuple[ConfigDict, Backbone, Any]:
     with renamed(workdir="path"):
         loaded = checkpoint.load_model(path)
     params = loaded.network()["backbone"]
-    for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
+    for name, words in bad_values(state_dict_from_params({"backbone": params})).items():
         raise UserError(f"step {loaded.step}: {name}: {words}", argument="path", value=path)
     return loaded.config, loaded.model.backbone, params
 

@@ -19,7 +19,7 @@ from esvit_jax import checkpoint
 from esvit_jax.config import ConfigDict
 from esvit_jax.errors import UserError
 from esvit_jax.interop.exported import load_network
-from esvit_jax.interop.infer import not_finite
+from esvit_jax.interop.infer import bad_values
 from esvit_jax.interop.names import FAMILIES, family_of
 from esvit_jax.interop.names.base import LARGEST_IMAGE, Family, Peer
 from esvit_jax.interop.names.published import (
@@ -193,7 +193,7 @@ def load_exportable(
       step, strict: see `load_network`.
 
     Raises:
-      UserError: there is no such model, its weights are not finite, or `image_size` is smaller
+      UserError: there is no such model, its weights have `bad_values`, or `image_size` is smaller
         than a patch or too large.
     """
     loaded = load_network(workdir, step, strict=strict)
@@ -209,7 +209,7 @@ def load_exportable(
         message = f"it must be from {patch_size}, one patch, to {LARGEST_IMAGE}"
         raise UserError(message, argument="image_size", value=size)
     params = jax.tree.map(np.asarray, network["backbone"])
-    for name, words in not_finite(state_dict_from_params({"backbone": params})).items():
+    for name, words in bad_values(state_dict_from_params({"backbone": params})).items():
         raise UserError(f"{workdir}: {name} of the {chosen}: {words}")
 
     @jax.jit
