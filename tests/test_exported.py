@@ -14,8 +14,10 @@ from esvit_jax.commands.knn import main as knn_main
 from esvit_jax.errors import UserError
 from esvit_jax.interop.convert import convert
 from esvit_jax.interop.export import export
-from esvit_jax.interop.exported import load_network
+from esvit_jax.interop.exported import PROGRAM, load_network
+from esvit_jax.interop.initialize import init_from
 from esvit_jax.interop.load import load
+from esvit_jax.run import started
 
 WEIGHTS = {
     "timm": "model.safetensors",
@@ -24,7 +26,7 @@ WEIGHTS = {
 }
 
 
-def run(directory, config, seed=0):
+def run(directory, config, seed=0, **origin):
     networks = {
         "student": random_params(config, seed + 1),
         "teacher": random_params(config, seed + 2),
@@ -32,8 +34,9 @@ def run(directory, config, seed=0):
     k = config.head.num_prototypes
     centers = {head: np.zeros(k, np.float32) for head in ("view", "region")}
     checkpoint.save_model(
-        directory, config=config, origin={"num_images": 9}, **networks, centers=centers, step=30
-    )
+        directory, config=config, origin={"num_images": 9} | origin, **networks, centers=centers,
+        step=30,
+    )  # fmt: skip
     return directory
 
 
@@ -162,6 +165,47 @@ def test_what_an_export_has_not(tiny):
         knn_main([f"--workdir={tiny / 'timm'}", "--step=20"])
     both = load_network(tiny / "esvit")
     jax.tree.map(np.testing.assert_array_equal, both.student, random_params(tiny_config(), 6))
+
+
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_training_starts_from_an_export(tiny, format):
+    """Of the formats only `esvit` has heads; both networks begin at the teacher."""
+    teacher, new = random_params(tiny_config(), 7), random_params(tiny_config(), 1)
+    start = init_from(new, str(tiny / format), "backbone", 30)
+    for params in (start.student, start.teacher):
+        jax.tree.map(np.testing.assert_array_equal, params["backbone"], teacher["backbone"])
+        jax.tree.map(np.testing.assert_array_equal, params["view_head"], new["view_head"])
+    if format == "esvit":
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            init_from(new, str(tiny / format), "all").student,
+            teacher,
+        )
+    else:
+        with pytest.raises(UserError, match="missing: view_head/last_layer"):
+            init_from(new, str(tiny / format), "all")
+
+
+def test_a_run_goes_on_from_an_export_of_both_networks(tiny, tmp_path):
+    new = random_params(tiny_config(), 1)
+    with pytest.raises(UserError, match="^init_parts = 'run': .*timm was exported without the stu"):
+        init_from(new, str(tiny / "timm"), "run")
+    run(tmp_path / "run", tiny_config(), seed=5, steps_per_epoch=12)
+    export(tmp_path / "run", tmp_path / "esvit", format="esvit")
+    start = init_from(new, str(tmp_path / "esvit"), "run")
+    jax.tree.map(np.testing.assert_array_equal, start.student, random_params(tiny_config(), 6))
+    jax.tree.map(np.testing.assert_array_equal, start.teacher, random_params(tiny_config(), 7))
+    assert start.epochs == 2.5 and set(start.centers) == {"view", "region"}
+
+
+def test_a_program_has_no_weights_to_start_from(tmp_path):
+    (tmp_path / PROGRAM).write_bytes(b"")
+    config = tiny_config()
+    config.init_from = str(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^config\.init_from = '.*': it holds a program and no wei"
+    ):
+        started(config, {})
 
 
 def test_an_export_is_exported(tiny, tmp_path):

@@ -165,8 +165,8 @@ def open_network(arguments: argparse.Namespace) -> "LoadedModel":
     """
     from esvit_jax.interop.exported import load_network
 
-    loaded = load_network(arguments.workdir, arguments.step, strict=arguments.strict)
-    with renamed(key="--key"):
+    with renamed(workdir="--workdir", key="--key"):
+        loaded = load_network(arguments.workdir, arguments.step, strict=arguments.strict)
         loaded.network(getattr(arguments, "key", None))
     return loaded
 

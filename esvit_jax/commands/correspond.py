@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     folder = output_folder(arguments, own=not arguments.images)
     loaded = {arguments.workdir: open_network(arguments)}
     if arguments.against:
-        loaded[arguments.against] = load_network(arguments.against, strict=arguments.strict)
+        with renamed(workdir="--against"):
+            loaded[arguments.against] = load_network(arguments.against, strict=arguments.strict)
     if arguments.images:
         if not folder:
             raise UserError("--out is missing: the folder to draw in")

@@ -46,7 +46,7 @@ def run(arguments: Any) -> None:
     quiet_libraries()
     flags = {name: f"--{name}" for name in ("data", "data_dir", "split", "out", "batch_size")}
     try:
-        with renamed(**flags):
+        with renamed(network="--workdir", **flags):
             about = embed(
                 arguments.workdir, arguments.data, arguments.out, split=arguments.split,
                 data_dir=arguments.data_dir, step=arguments.step, strict=arguments.strict,

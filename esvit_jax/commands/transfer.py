@@ -79,7 +79,8 @@ def run(arguments: Any) -> None:
     console = Console(stderr=arguments.json)
     networks = [open_network(arguments)]
     if arguments.against:
-        networks.append(load_network(arguments.against, strict=arguments.strict))
+        with renamed(workdir="--against"):
+            networks.append(load_network(arguments.against, strict=arguments.strict))
     out = arguments.out or os.path.join(arguments.workdir, "transfer.json")
     check_writable(out, "--out")
     protocol = dataclasses.replace(PROTOCOLS[arguments.protocol], shots=arguments.shots)

@@ -94,7 +94,8 @@ FIELDS: dict[str, Field] = {
         None, "the first and the last step that are traced into the workdir",
         optional(whole_interval(1, MAX_STEPS)), free=True),
     "init_from": Field(
-        "", "workdir or converted checkpoint to start from; empty means random", text(), free=True),
+        "", "workdir, converted checkpoint or export to start from; empty means random", text(),
+        free=True),
     "init_step": Field(
         None, "the checkpoint of it that is taken; None is the newest",
         optional(whole(0, MAX_STEPS)), free=True),

@@ -159,7 +159,8 @@ def embed(
     if isinstance(network, LoadedModel):
         loaded = network
     else:
-        loaded = load_network(network, step, strict=strict)
+        with renamed(workdir="network"):
+            loaded = load_network(network, step, strict=strict)
     source = _open(loaded, data, split, data_dir)
     columns = ("view_features", "region_features") if regions else ("view_features",)
     work = NetworkFeatures(loaded, [source], columns, batch_size=batch_size)

@@ -22,7 +22,7 @@ PROGRAM = "backbone.jax_export"  # of an export to StableHLO
 def load_network(
     workdir: str | os.PathLike, step: int | None = None, *, strict: bool = False
 ) -> LoadedModel:
-    """The network of a run, a converted checkpoint or an export, for those who evaluate it.
+    """The network of a run, a converted checkpoint or an export.
 
     Args:
       workdir: see `checkpoint.load_model`, or a folder of `esvit export`.
@@ -35,9 +35,10 @@ def load_network(
     if not checkpoint.has_checkpoint(workdir):
         if (folder / PROGRAM).is_file():
             raise UserError(
-                f"{workdir} holds a program and no weights, which only `esvit_jax.load` takes; "
-                "export the network in another format"
-            )
+                "it holds a program and no weights, which only `esvit_jax.load` takes; export the "
+                "network in another format",
+                argument="workdir", value=str(workdir),
+            )  # fmt: skip
         if weights_file(folder):
             loaded = read_export(folder)
             if step not in (None, loaded.step):
@@ -58,7 +59,7 @@ def read_export(path: Path) -> LoadedModel:
       path: the folder, or the file of tensors in it.
 
     Raises:
-      UserError: it is none; or the tensors do not fit the config beside them, or are not finite.
+      UserError: it is none; or the tensors do not fit the config beside them, or have `bad_values`.
     """
     folder = path if path.is_dir() else path.parent
     found = read_config(folder)

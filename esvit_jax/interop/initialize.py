@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from esvit_jax import checkpoint
 from esvit_jax.checkpoint import LoadedModel
 from esvit_jax.errors import UserError, renamed
+from esvit_jax.interop.exported import load_network
 from esvit_jax.interop.infer import bad_values
 
 PARTS = ("all", "backbone", "run")
@@ -38,8 +38,8 @@ def init_from(
     """What a run begins with, in place of random params.
 
     With "all" or "backbone" it begins anew, student and teacher both at the one network that a
-    checkpoint is evaluated by: of a run the teacher, of a converted checkpoint the one that it was
-    converted for (`--key`).
+    checkpoint is evaluated by: of a run the teacher, of a converted checkpoint or an export the one
+    that it was made for (`--key`).
 
     With "run" it goes on where another run was, as the published code does from a checkpoint of
     matching views alone: student, teacher, centers and the epoch are the checkpoint's, so that
@@ -48,25 +48,31 @@ def init_from(
 
     Args:
       params: {"backbone", "view_head", "region_head"} (the last may be missing), as initialised.
-      init_from: workdir or converted checkpoint.
+      init_from: workdir, converted checkpoint or export.
       init_parts: "all", "backbone" to leave the heads as they are, or "run".
       init_step: of the checkpoint; None is the newest that is not damaged.
 
     Raises:
       UserError: `init_from` holds no (such) model, lacks a tensor of what is taken, has it in
-        another shape or with `bad_values`, all such tensors are listed; or it does
-        not tell its epoch.
+        another shape or with `bad_values`, all such tensors are listed; or it lacks one of a run's
+        networks, or does not tell its epoch.
     """
     if init_parts not in PARTS:
         raise UserError(
             f"it must be one of {', '.join(PARTS)}", argument="init_parts", value=init_parts
         )
     with renamed(workdir="init_from", step="init_step"):
-        loaded = checkpoint.load_model(init_from, init_step)
+        loaded = load_network(init_from, init_step)
     wanted = ["backbone"] if init_parts == "backbone" else list(params)
     if init_parts == "run":
         wanted = [part for part in params if part in loaded.network()]
         networks = {"student": loaded.student, "teacher": loaded.teacher}
+        if lacking := [name for name, network in networks.items() if network is None]:
+            raise UserError(
+                f"{init_from} was exported without the {lacking[0]}; init_parts = 'all' or "
+                "'backbone' begins anew",
+                argument="init_parts", value="run",
+            )  # fmt: skip
     else:
         networks = {"network": loaded.network()}
 
