@@ -5,11 +5,13 @@ import os
 import tempfile
 
 # Before jax is imported. Compilation is most of what tests take: LLVM may do without its
-# expensive passes. On a busy machine a device may come late to a collective: XLA would abort after
-# 40 s. Four devices, so that layouts can be compared. Processes that tests start inherit the cache,
-# and compile what was compiled before only once.
+# expensive passes, and gets a program in one piece; pieces are for cores that are idle. On a busy
+# machine a device may come late to a collective: XLA would abort after 40 s. Four devices, so that
+# layouts can be compared. Processes that tests start inherit the cache, and compile what was
+# compiled before only once.
 QUICK_COMPILE = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4"
@@ -19,7 +21,7 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="jax_cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
