@@ -1,6 +1,7 @@
 """A deep network's plan from two shallow ones; what a TPU's compiler says of it is measured."""
 
 import dataclasses
+import types
 
 import pytest
 from test_search import made_up_plan
@@ -13,9 +14,11 @@ from esvit_jax.planning.depth import extrapolated, plan_by_depth
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """Plans in this process, of the traced step alone."""
+    """Plans in this process, of the traced step alone; nor is it traced again for a compiler."""
     compiled = measure.Program(peak_bytes=1000, fits=True)
     monkeypatch.setattr(measure, "compile_program", lambda lowered: compiled)
+    untraced = types.SimpleNamespace(lower=lambda *shapes: None)
+    monkeypatch.setattr(measure.parallel, "on_all_devices", lambda *_, **__: untraced)
     monkeypatch.setattr(depth, "plan", measure.measure)
 
 
