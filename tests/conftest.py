@@ -8,7 +8,7 @@ import tempfile
 # expensive passes, and gets a program in one piece; pieces are for cores that are idle. On a busy
 # machine a device may come late to a collective: XLA would abort after 40 s. Four devices, so that
 # layouts can be compared. Processes that tests start inherit the cache, and compile what was
-# compiled before only once.
+# compiled before only once: small programs too, of which there are hundreds in a process.
 QUICK_COMPILE = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
@@ -21,7 +21,7 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="jax_cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
