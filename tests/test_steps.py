@@ -12,7 +12,7 @@ import tiny
 from esvit_jax import parallel, steps
 from esvit_jax.config import resolve
 from esvit_jax.recipe import Recipe, build
-from esvit_jax.state import TrainState, create_state, init_params
+from esvit_jax.state import TrainState, create_state
 from esvit_jax.steps import mean_over_parts
 
 
@@ -24,9 +24,7 @@ def recipe_of(**overrides: Any) -> Recipe:
 
 
 def new_state(recipe: Recipe) -> TrainState:
-    return create_state(
-        recipe.model, recipe.optimizer, init_params(recipe.model, jax.random.key(0))
-    )
+    return create_state(recipe.model, recipe.optimizer, tiny.initial_params(recipe.model))
 
 
 def random_batch() -> dict[str, np.ndarray]:

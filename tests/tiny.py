@@ -1,6 +1,12 @@
 """A run of seconds, for tests and, as a config file, for the processes that tests start."""
 
+import functools
+from typing import TYPE_CHECKING, Any
+
 from esvit_jax.config import ConfigDict, default_config
+
+if TYPE_CHECKING:  # as a config, this file needs no jax
+    from esvit_jax.models.esvit import EsViT
 
 
 def tiny_config() -> ConfigDict:
@@ -34,3 +40,13 @@ def tiny_config() -> ConfigDict:
 
 
 get_config = tiny_config
+
+
+@functools.cache
+def initial_params(model: "EsViT") -> Any:
+    """`init_params` of key 0, compiled; once for each network."""
+    import jax
+
+    from esvit_jax.state import init_params
+
+    return jax.jit(functools.partial(init_params, model))(jax.random.key(0))
