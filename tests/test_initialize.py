@@ -130,6 +130,7 @@ def test_what_to_take_from_nowhere_is_refused(tmp_path, tiny_config, field, valu
         prepare(tiny_config, tmp_path, QUIET)
 
 
+@pytest.mark.usefixtures("known_size")
 def test_schedules_go_on_where_a_view_only_run_was(tmp_path):
     """Its last steps and those of the run with regions have the same schedules."""
     tiny_config, views, both = tiny.tiny_config(), tmp_path / "views", tmp_path / "both"
