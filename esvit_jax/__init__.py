@@ -19,7 +19,11 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esvit_jax.analyze.looks import attention as attention
+    from esvit_jax.analyze.looks import correspond as correspond
+    from esvit_jax.analyze.report import report as report
     from esvit_jax.config import default_config as default_config
+    from esvit_jax.config import load_config as load_config
     from esvit_jax.evaluate.embed import embed as embed
     from esvit_jax.evaluate.knn import knn_accuracy as knn_accuracy
     from esvit_jax.interop.convert import convert as convert
@@ -32,8 +36,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "convert", "create_backbone", "default_config", "embed", "esvit_loss", "export",
-    "knn_accuracy", "load", "plan", "train",
+    "__version__", "attention", "convert", "correspond", "create_backbone", "default_config",
+    "embed", "esvit_loss", "export", "knn_accuracy", "load", "load_config", "plan", "report",
+    "train",
 ]  # fmt: skip
 
 
@@ -70,7 +75,9 @@ class _Public:
 
 
 if not TYPE_CHECKING:
+    attention = _Public("esvit_jax.analyze.looks", "attention")
     convert = _Public("esvit_jax.interop.convert", "convert")
+    correspond = _Public("esvit_jax.analyze.looks", "correspond")
     create_backbone = _Public("esvit_jax.models", "create_backbone")
     default_config = _Public("esvit_jax.config", "default_config")
     embed = _Public("esvit_jax.evaluate.embed", "embed")
@@ -78,7 +85,9 @@ if not TYPE_CHECKING:
     export = _Public("esvit_jax.interop.export", "export")
     knn_accuracy = _Public("esvit_jax.evaluate.knn", "knn_accuracy")
     load = _Public("esvit_jax.interop.load", "load")
+    load_config = _Public("esvit_jax.config", "load_config")
     plan = _Public("esvit_jax.planning.plan", "plan")
+    report = _Public("esvit_jax.analyze.report", "report")
     train = _Public("esvit_jax.loop", "train")
 
 

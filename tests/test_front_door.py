@@ -32,8 +32,9 @@ def python(code):
 
 def test_public_names():
     assert set(FUNCTIONS) == {
-        "train", "default_config", "load", "create_backbone", "embed", "knn_accuracy", "convert",
-        "export", "plan", "esvit_loss",
+        "train", "default_config", "load_config", "load", "create_backbone", "embed",
+        "knn_accuracy", "convert", "export", "plan", "esvit_loss", "report", "attention",
+        "correspond",
     }  # fmt: skip
     assert sorted(dir(esvit_jax)) == sorted(esvit_jax.__all__)
     with pytest.raises(AttributeError):

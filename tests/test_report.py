@@ -19,7 +19,8 @@ from test_diagnosis import lines as made_up
 from esvit_jax import config_file
 from esvit_jax.__main__ import COMMANDS
 from esvit_jax.analyze.leftovers import KINDS
-from esvit_jax.analyze.report import html_of, report_of
+from esvit_jax.analyze.report import html_of
+from esvit_jax.analyze.report import report as report_of
 from esvit_jax.analyze.views import pictured, views_of_images
 from esvit_jax.commands.report import main
 from esvit_jax.config import resolve

@@ -38,6 +38,7 @@ LIGHT_GREEN, DARK_GREEN = (0.55, 0.83, 0.65), (0.0, 0.35, 0.22)
 LOSSES = {"loss": ("loss", BLACK, 2.0), "view_loss": ("view loss", BLUE, 1.2),
           "region_loss": ("region loss", ORANGE, 1.2)}  # fmt: skip
 SMALL = {"fontsize": 8, "color": "0.35"}
+File = str | os.PathLike[str] | io.BytesIO  # where a figure goes
 # A rise of the loss is told from noise by this share of all that the loss moves, in a run of at
 # least so many points.
 CLEAR_RISE, ENOUGH_POINTS = 0.2, 20
@@ -240,12 +241,13 @@ def _draw_box(axes: "Axes", box: np.ndarray, color: str, name: str) -> None:
     axes.add_patch(rectangle)
 
 
-def write_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Writes a figure as a PNG file, local or in a bucket, whose folder is made if need be."""
-    png = io.BytesIO()
+def write_figure(figure: "Figure", path: File) -> None:
+    """Writes a figure as PNG: to memory, or a file whose folder is made, local or in a bucket."""
+    png = path if isinstance(path, io.BytesIO) else io.BytesIO()
     figure.savefig(png, dpi=150)
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(path).write_bytes(png.getvalue())
+    if not isinstance(path, io.BytesIO):
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(path).write_bytes(png.getvalue())
 
 
 def _finish(axes: "Axes", label: str) -> None:

@@ -1,19 +1,66 @@
 """Which regions of two pictures a backbone takes for the same, ready to be drawn."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
 
-from esvit_jax.analyze.pictures import MatchedPair, Picture, to_picture
+from esvit_jax.analyze.pictures import MatchedPair, Picture, short_name, to_picture
 from esvit_jax.checkpoint import LoadedModel
-from esvit_jax.errors import RunError
+from esvit_jax.data.look import first_images
+from esvit_jax.data.sources import Source
+from esvit_jax.errors import RunError, UserError
 from esvit_jax.evaluate.correspondence import (
     COUNTED_PAIRS,
     correspond,
     mirrored_pairs,
 )
+from esvit_jax.interop.load import names_of, preprocessor, read_canvases
+
+
+def matches_in_split(
+    loaded: LoadedModel, source: Source, count: int, *, key: str | None = None, seed: int = 0
+) -> list[MatchedPair]:
+    """The surest matches of the first images of a split with their mirror images.
+
+    Args:
+      loaded: the network.
+      source: of the images.
+      count: of images; fewer where there are no more that can be read.
+      key, seed: see `mirrored_matches`.
+
+    Raises:
+      RunError: features are not finite.
+    """
+    data = loaded.config.data
+    ids, canvases = first_images(
+        source, count, canvas_size=data.canvas_size, num_threads=data.num_threads
+    )
+    if not ids:
+        return []
+    titles = list(map(short_name, ids))
+    return mirrored_matches(loaded, canvases, key=key, seed=seed, titles=titles)
+
+
+def matches_in_images(
+    loaded: LoadedModel, images: Sequence[Any], *, key: str | None = None, seed: int = 0
+) -> list[MatchedPair]:
+    """The surest matches of one image with its mirror image, or of two with each other.
+
+    Raises:
+      UserError: other than one or two, or one is no image.
+      RunError: features are not finite.
+    """
+    if not 1 <= len(images) <= 2:
+        raise UserError("it takes one or two files or arrays", argument="images", value=images)
+    names = names_of(images)
+    if len(images) == 1:
+        canvases = read_canvases(images, loaded.config.data.canvas_size)
+        return mirrored_matches(loaded, canvases, key=key, seed=seed, titles=names)
+    first, second = preprocessor(loaded.config)(images)
+    return [matches_of_two(loaded, first, second, key=key, title=" and ".join(names))]
 
 
 def mirrored_matches(

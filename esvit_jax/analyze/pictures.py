@@ -4,7 +4,6 @@ Like `figures.py` these are made without pyplot. Pictures are f32[h, w, 3] in 0.
 and classes are drawn as they are: what stands between two $ is no formula (`parse_math`).
 """
 
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from esvit_jax.analyze.cells import middle, over_picture
-from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, smoothing, write_figure
+from esvit_jax.analyze.figures import BLUE, GREY, ORANGE, SKY, SMALL, File, smoothing, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +62,7 @@ class MatchedPair(NamedTuple):
     title: str
 
 
-def matches_figure(pairs: Sequence[MatchedPair], out_path: str | os.PathLike[str]) -> None:
+def matches_figure(pairs: Sequence[MatchedPair], out_path: File) -> None:
     """Draws pairs of pictures with a line for each match; two pairs in a row.
 
     Hits are blue, misses are orange and dashed; where nobody knows, all are blue.
@@ -147,9 +146,7 @@ class AttendedPicture(NamedTuple):
     title: str
 
 
-def attention_figure(
-    rows: Sequence[AttendedPicture], title: str, out_path: str | os.PathLike[str]
-) -> None:
+def attention_figure(rows: Sequence[AttendedPicture], title: str, out_path: File) -> None:
     """Draws a row of pictures, one a head, for each query: heads by falling entropy.
 
     A picture glows where a head looks; the tokens that hold a share of its mass have an outline,
@@ -226,7 +223,7 @@ def entropy_figure(
     entropies: Sequence[Float[np.ndarray, " _"]],
     keys: Sequence[int],
     stages: Sequence[int],
-    out_path: str | os.PathLike[str],
+    out_path: File,
 ) -> None:
     """Draws the entropy of every head over the blocks, and the most that there can be.
 
@@ -269,7 +266,7 @@ def components_figure(
     colors: Sequence[Sequence[Picture]],
     strides: Sequence[int],
     titles: Sequence[str],
-    out_path: str | os.PathLike[str],
+    out_path: File,
 ) -> None:
     """Draws each picture and, beside it, the colours that the cells of its maps have.
 
@@ -316,7 +313,7 @@ class Neighbours(NamedTuple):
     same: np.ndarray | None
 
 
-def neighbours_figure(rows: Sequence[Neighbours], out_path: str | os.PathLike[str]) -> None:
+def neighbours_figure(rows: Sequence[Neighbours], out_path: File) -> None:
     """Draws a contact sheet: a row for each query; a frame says whether a class is the query's."""
     from matplotlib.figure import Figure
 
@@ -349,7 +346,7 @@ def map_figure(
     labels: Int[np.ndarray, " n"] | None,
     class_names: Sequence[str],
     title: str,
-    out_path: str | os.PathLike[str],
+    out_path: File,
 ) -> None:
     """Draws images as points, in the colours of their classes if there are at most 20.
 

@@ -22,6 +22,7 @@ from esvit_jax.analyze.inline import Inlined, inlined_file
 from esvit_jax.analyze.leftovers import KINDS, Section, Table, sections
 from esvit_jax.analyze.run_charts import evaluation_charts, training_charts
 from esvit_jax.analyze.run_words import converted_words, is_run, run_words
+from esvit_jax.analyze.shown import framed
 from esvit_jax.analyze.summary import progress
 from esvit_jax.analyze.views import Pictured, pictured, views_of_images
 from esvit_jax.config import ConfigDict
@@ -53,7 +54,7 @@ class Lack(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What stands on the page.
+    """What stands on the page; in a notebook, the page itself.
 
     Attributes:
       name: of the workdir.
@@ -81,14 +82,38 @@ class Report(NamedTuple):
     sections: list[Section]
     lacks: list[Lack]
 
+    def only(self, *parts: str) -> "Report":
+        """A page without a head, of some parts alone, by the names of these attributes."""
+        nothing = Report("", False, {}, [], [], [], [], [], None, [], [])
+        return nothing._replace(**{part: getattr(self, part) for part in parts})
+
+    def write(self, file: str | os.PathLike[str]) -> int:
+        """Writes the page, local or in a bucket, which loads nothing; returns its size, bytes."""
+        page = html_of(self).encode()
+        with buckets.reaching(file):
+            return epath.Path(os.path.expanduser(file)).write_bytes(page)
+
+    def __repr__(self) -> str:
+        return f"<report {self.name}>" if self.name else "<part of a report>"
+
+    def _repr_html_(self) -> str:
+        return framed(html_of(self))
+
 
 @buckets.reads_bucket
-def report_of(workdir: str | os.PathLike[str], images: int = IMAGES) -> Report:
-    """Reads what there is of a run or a converted checkpoint.
+def report(workdir: str | os.PathLike[str], images: int = IMAGES) -> Report:
+    """All that is known of a run or a converted checkpoint: its page, which a notebook shows.
+
+        esvit_jax.report("runs/first")
+        esvit_jax.report("runs/first").only("charts")
 
     Args:
       workdir: local, or gs://….
       images: of the training data whose views are cut; 0 for none.
+
+    Returns:
+      What was trained, a diagnosis, curves, views, and all that evaluations and the commands of
+      `esvit` have left in the workdir.
 
     Raises:
       UserError: it is no such folder.

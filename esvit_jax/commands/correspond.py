@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from esvit_jax.commands.arguments import (
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from esvit_jax.checkpoint import LoadedModel
-    from esvit_jax.data.sources import Source
 
 # Images of the split that are drawn.
 DRAWN = 6
@@ -85,43 +83,42 @@ def _evaluate(
     loaded: "dict[str, LoadedModel]", arguments: Any, folder: str | None, console: "Console"
 ) -> str:
     """The numbers of a split, for one network or two, and a figure; says where they are."""
-    from esvit_jax.evaluate.correspondence import evaluate_correspondence
+    from esvit_jax.analyze.looks import hits_in_split
+    from esvit_jax.analyze.matches import matches_in_split
+    from esvit_jax.analyze.pictures import matches_figure
 
     source = open_split(arguments, loaded[arguments.workdir])
-    results = {
-        workdir: evaluate_correspondence(
-            network, source, key=arguments.key, seed=arguments.seed, console=console
-        )
-        for workdir, network in loaded.items()
-    }
+    key, seed = arguments.key, arguments.seed
     report = [
-        {
-            "workdir": workdir,
-            "step": result.step,
-            "key": _key(arguments, loaded[workdir]),
-            "data": source.name,
-            "split": source.split,
-            "images": images,
-            **result.values,
-        }
-        for workdir, (result, images) in results.items()
+        {"workdir": workdir} | hits_in_split(network, source, key=key, seed=seed, console=console)
+        for workdir, network in loaded.items()
     ]
     if arguments.json:
         print(json.dumps(report))
     else:
         console.print(_table(report))
-    count = results[arguments.workdir][1]
-    words = f"{count} images of {source.name} {source.split}, the ten surest matches of each"
+    images = f"{report[0]['images']} images of {source.name} {source.split}"
+    words = f"{images}, the ten surest matches of each"
     if not folder:
         return f"{words}; not written, as they are not the run's own: give --out=FOLDER"
     write_json(os.path.join(folder, "correspondence.json"), report)
-    drawn = _draw_split(loaded[arguments.workdir], source, arguments, folder)
-    files = "correspondence.json" + (", correspondence.png" if drawn else "")
+    files = "correspondence.json"
+    if pairs := matches_in_split(loaded[arguments.workdir], source, DRAWN, key=key, seed=seed):
+        matches_figure(pairs, os.path.join(folder, "correspondence.png"))
+        files += ", correspondence.png"
     return f"{words}; in {folder}: {files}"
 
 
-def _key(arguments: Any, loaded: "LoadedModel") -> str:
-    return arguments.key or loaded.origin.get("key", "teacher")
+def _draw_files(loaded: "LoadedModel", arguments: Any, folder: str) -> str:
+    """One file and its mirror image, or two files; says where."""
+    from esvit_jax.analyze.matches import matches_in_images
+    from esvit_jax.analyze.pictures import matches_figure
+
+    with renamed(images="--images"):
+        pairs = matches_in_images(loaded, arguments.images, key=arguments.key, seed=arguments.seed)
+    file = os.path.join(folder, "matches.png")
+    matches_figure(pairs, file)
+    return f"drawn: {file}"
 
 
 def _table(report: list[dict[str, Any]]) -> "Table":
@@ -138,54 +135,3 @@ def _table(report: list[dict[str, Any]]) -> "Table":
             f"{line['cutoff_similarity']:.3f}",
         )  # fmt: skip
     return table
-
-
-def _draw_split(loaded: "LoadedModel", source: "Source", arguments: Any, folder: str) -> bool:
-    """Draws the first images; whether there are any that can be read."""
-    from esvit_jax.analyze.matches import mirrored_matches
-    from esvit_jax.analyze.pictures import matches_figure, short_name
-    from esvit_jax.data.look import first_images
-
-    data = loaded.config.data
-    ids, canvases = first_images(
-        source, DRAWN, canvas_size=data.canvas_size, num_threads=data.num_threads
-    )
-    if not ids:
-        return False
-    pairs = mirrored_matches(
-        loaded, canvases, key=arguments.key, seed=arguments.seed, titles=list(map(short_name, ids))
-    )
-    matches_figure(pairs, os.path.join(folder, "correspondence.png"))
-    return True
-
-
-def _draw_files(loaded: "LoadedModel", arguments: Any, folder: str) -> str:
-    """One file and its mirror image, or two files.
-
-    Raises:
-      UserError: other than one or two, or one is no image.
-    """
-    from esvit_jax.analyze.matches import matches_of_two, mirrored_matches
-    from esvit_jax.analyze.pictures import matches_figure
-    from esvit_jax.interop.load import preprocessor, read_canvases
-
-    files = arguments.images
-    if len(files) > 2:
-        raise UserError("it takes one or two files", argument="--images", value=arguments.images)
-    names: Sequence[str] = [os.path.basename(file) for file in files]
-    with renamed(images="--images"):
-        if len(files) == 1:
-            canvases = read_canvases(files, loaded.config.data.canvas_size)
-            pairs = mirrored_matches(
-                loaded, canvases, key=arguments.key, seed=arguments.seed, titles=names
-            )
-        else:
-            views = preprocessor(loaded.config)(files)
-            pairs = [
-                matches_of_two(
-                    loaded, views[0], views[1], key=arguments.key, title=" and ".join(names)
-                )
-            ]
-    file = os.path.join(folder, "matches.png")
-    matches_figure(pairs, file)
-    return f"drawn: {file}"

@@ -26,11 +26,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     arguments = parser.parse_args(argv)
 
-    from etils import epath
     from rich.console import Console
 
-    from esvit_jax.analyze.report import html_of, report_of
-    from esvit_jax.buckets import reaching
+    from esvit_jax.analyze.report import report
     from esvit_jax.runlog.alive import say, signs_of_life
 
     quiet_libraries()
@@ -38,14 +36,12 @@ def main(argv: list[str]) -> None:
     if arguments.out:
         check_writable(arguments.out, "--out")
     with signs_of_life(lambda: "reading what there is", console), renamed(workdir="--workdir"):
-        report = report_of(arguments.workdir, arguments.images)
+        found = report(arguments.workdir, arguments.images)
     out = arguments.out or os.path.join(arguments.workdir, "report.html")
     if not arguments.out:
         check_writable(out, "--out")
-    text = html_of(report)
-    with reaching(out):
-        epath.Path(out).write_bytes(text.encode())
-    for finding in report.findings:
+    size = found.write(out)
+    for finding in found.findings:
         if finding.level in ("bad", "watch"):
             say(console, f"{finding.title}: {finding.what}")
-    say(console, f"written to {out}, {len(text) / 1e6:.1f} MB; open it in a browser")
+    say(console, f"written to {out}, {size / 1e6:.1f} MB; open it in a browser")

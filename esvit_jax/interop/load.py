@@ -133,6 +133,18 @@ def read_canvases(images: Sequence[Any], canvas_size: int) -> dict[str, np.ndarr
     return {"canvas": canvas, "size": size}
 
 
+def names_of(images: Sequence[Any]) -> list[str]:
+    """Names of images, to be shown: of files, those of the files.
+
+    >>> names_of(["cats/tom.jpg", np.zeros((2, 2, 3), np.uint8)])
+    ['tom.jpg', 'image 1']
+    """
+    return [
+        os.path.basename(image) if isinstance(image, str | os.PathLike) else f"image {i}"
+        for i, image in enumerate(images)
+    ]
+
+
 def _decode(image: Any, canvas_size: int) -> tuple[np.ndarray, np.ndarray]:
     name = "an image"
     if isinstance(image, str | os.PathLike):
