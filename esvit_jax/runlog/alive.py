@@ -15,8 +15,14 @@ FIRST_LINE, NEXT_LINE, LIVE = 5.0, 10.0, 0.5
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it is: rich takes nothing in it for its own, and breaks it nowhere."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Prints a line as it is: rich takes nothing in it for its own, and breaks it nowhere.
+
+    In a notebook, too, it is a line of text: rich would make an output of its own of each, in HTML.
+    """
+    if console.is_jupyter and not console.quiet:
+        print(line, file=console.file, flush=True)
+    else:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
