@@ -75,8 +75,10 @@ def as_png(draw: Callable[..., None], *arguments: Any) -> bytes:
 def framed(page: str) -> str:
     """A page in a frame of its own, whose styles keep apart from those around it.
 
-    It is as tall as what is in it, if a notebook lets it ask for that.
+    It is as tall as what is in it, if a notebook lets it ask for that. Its links lead to places in
+    it, and not, as they would without a base of their own, to such in the notebook.
     """
+    page = page.replace("<head>", '<head>\n<base href="about:srcdoc">', 1)
     ask = "this.style.height = this.contentDocument.documentElement.offsetHeight + 2 + 'px'"
     style = f"width: 100%; height: {FRAME}px; max-height: {TALLEST}px; border: 0"
     return f'<iframe srcdoc="{html.escape(page)}" style="{style}" onload="{ask}"></iframe>'
