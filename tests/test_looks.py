@@ -42,9 +42,8 @@ def test_attention_writes_what_the_command_writes(workdir, tmp_path):
     ours, theirs = files_of(tmp_path / "ours" / "attention"), files_of(tmp_path / "theirs")
     assert ours == theirs and found.numbers == json.loads(theirs["entropy.json"])
     # A point and a share have their say.
-    for others in ({"points": [(0.9, 0.0)]}, {"mass": 0.2}):
-        given = {"count": 1, "blocks": [-1], "points": [(0.0, 0.0)], "mass": 0.9} | others
-        other = esvit_jax.attention(workdir, **given)
+    for points, mass in ([(0.9, 0.0)], 0.9), ([(0.0, 0.0)], 0.2):
+        other = esvit_jax.attention(workdir, count=1, blocks=[-1], points=points, mass=mass)
         assert other.pictures["block_1_image_0.png"] != found.pictures["block_1_image_0.png"]
 
 

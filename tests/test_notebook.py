@@ -1,5 +1,6 @@
 """launch/colab.ipynb: what its source says, without outputs; it runs and shows what it should."""
 
+import ast
 import io
 import json
 import re
@@ -118,7 +119,7 @@ def test_k_nn_by_hand_is_what_training_measured(executed):
     metrics = (executed[1] / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
     measured = [line["knn/top1/10"] for line in map(json.loads, metrics) if "knn/top1/10" in line]
     *_, by_hand = shown(executed, "esvit_jax.knn_accuracy(")[2]
-    found = float(re.search(r"'top1/10': ([\d.]+)", by_hand["text/plain"])[1])
+    found = ast.literal_eval(by_hand["text/plain"])["top1/10"]
     assert found == pytest.approx(measured[-1], abs=0.2)
 
 
