@@ -59,7 +59,7 @@ def test_default_config_is_that_of_0_1_0():
     new = {
         "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
         "lock_seconds": 60.0, "profile_steps": None, "init_step": None,
-        "head.batch_norm": False,
+        "linear_every_steps": 0, "head.batch_norm": False,
         "backbone.base_width": None, "backbone.embed_dims": None, "backbone.num_global": None,
         "backbone.patch_sizes": None, "backbone.window_sizes": None,
     }  # fmt: skip
@@ -295,7 +295,7 @@ FREE = {
     "backbone.attention", "compilation_cache", "profile_steps",
     "parallel", "accum_steps", "remat", "log_every_steps", "checkpoint_every_steps",
     "checkpoint_keep", "checkpoint_keep_every_steps", "knn_every_steps", "knn_baselines",
-    "lock_seconds", "max_bad_steps", "init_from", "init_step", "init_parts",
+    "linear_every_steps", "lock_seconds", "max_bad_steps", "init_from", "init_step", "init_parts",
     "loss.prototype_chunk", "data.data_dir",
     "data.test_split", "data.num_workers", "data.num_threads", "data.max_bad_records",
     "data.max_wait_seconds",

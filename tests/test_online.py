@@ -1,11 +1,16 @@
 """Which evaluators a config asks for, when they are due, and that a new one is a line."""
 
+import cv2
+import numpy as np
 import pytest
 
 from esvit_jax.config import resolve
 from esvit_jax.data.sources import open_source
 from esvit_jax.errors import UserError
 from esvit_jax.evaluate import online
+from esvit_jax.evaluate.blocks import ArrayBlocks
+from esvit_jax.evaluate.fast import fast_probe
+from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
 
@@ -46,6 +51,30 @@ def test_knn_names_the_field_of_its_split(asked, tiny_config):
     tiny_config.knn_every_steps = 4
     tiny_config.data.test_split = "nowhere"
     with pytest.raises(UserError, match=r"config\.data.*'nowhere'"):
+        asked()
+
+
+def test_a_probe_while_training_is_that_of_the_features(asked, tiny_config):
+    tiny_config.linear_every_steps, tiny_config.data.test_split = 5, "test[:40]"
+    (probe,) = asked()
+    assert [step for step in range(1, 7) if probe.due(step)] == [5, 6]
+
+    (pixels,) = probe.baselines()
+    assert (pixels.evaluation, pixels.subject, pixels.step) == ("linear_fast", "raw_pixels", None)
+    extractor = FeatureExtractor(raw_pixels(tiny_config), tiny_config)
+    train, test = (
+        ArrayBlocks(*extractor.arrays({}, open_source("bundled/fashion_mnist_mini", split, None)))
+        for split in ("train[:50]", "test[:40]")
+    )
+    assert pixels.values == fast_probe(train, test, 10).values
+
+
+@pytest.mark.parametrize("field", ["knn_every_steps", "linear_every_steps"])
+def test_images_without_labels_name_the_field(asked, tiny_config, tmp_path, field):
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
+    tiny_config[field], tiny_config.data.test_split = 4, "train"
+    tiny_config.data.name = f"folder:{tmp_path}"
+    with pytest.raises(UserError, match=rf"config\.{field} = 4: .* needs labels, and .* has none"):
         asked()
 
 

@@ -79,9 +79,11 @@ FIELDS: dict[str, Field] = {
         None, "checkpoints of its multiples are kept for good", optional(STEPS), free=True),
     "knn_every_steps": Field(
         0, "steps between two k-NN evaluations; 0 means never", whole(0, MAX_STEPS), free=True),
+    "linear_every_steps": Field(
+        0, "steps between two fast linear probes; 0 means never", whole(0, MAX_STEPS), free=True),
     "knn_baselines": Field(
-        False, "before the first step, also k-NN untrained and on raw pixels", true_or_false(),
-        free=True),
+        False, "before the first step, also k-NN (and the probe) untrained and on raw pixels",
+        true_or_false(), free=True),
     "lock_seconds": Field(
         60.0, "without a sign of life, after which the run that has a workdir counts as dead",
         number(1, 86_400), free=True),

@@ -1,7 +1,7 @@
 """Evaluations of a run while it trains: `evaluators` makes those that a config asks for.
 
-A new one is a file with a class like `online_knn.KnnEvaluator`, and a line in `MAKERS`. Its
-results are printed, written and drawn as all others are.
+A new one is a file with a class like `online_features.FeatureEvaluator`, and a line in `MAKERS`.
+Its results are printed, written and drawn as all others are.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source
-from esvit_jax.evaluate.online_knn import KnnEvaluator
+from esvit_jax.evaluate.online_features import knn_evaluator, linear_evaluator
 from esvit_jax.evaluate.result import Result
 
 
@@ -39,7 +39,7 @@ class Evaluator(Protocol):
 
 # (config, train split, numbers of the run) -> an evaluator; None where the config asks for none.
 Maker = Callable[[ConfigDict, Source, RunNumbers], Evaluator | None]
-MAKERS: tuple[Maker, ...] = (KnnEvaluator.of_config,)
+MAKERS: tuple[Maker, ...] = (knn_evaluator, linear_evaluator)
 
 
 def evaluators(config: ConfigDict, train_source: Source, numbers: RunNumbers) -> list[Evaluator]:
