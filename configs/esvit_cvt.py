@@ -5,7 +5,9 @@
 
 Published on ImageNet-1K for tiny, linear / k-NN top-1, in percent; not trained here: views 77.6 /
 74.8; views and regions, continued from a run of views alone at its epoch 200, 78.5 / 76.7 (k-NN at
-an epoch that is not known). The small one has no published row.
+an epoch that is not known). The small one has no published row. On eight chips of a v5e 300 epochs
+of tiny with both losses are planned to take 60 hours (docs/measurements.md, Plans; no chip was
+asked).
 """
 
 from esvit_jax.config import ConfigDict, config_arguments, published_run
