@@ -17,10 +17,10 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.dtype = "float32"
     config.batch_size = 64
-    config.total_steps = 1000
+    config.total_epochs = 11
     config.log_every_steps = 50
     config.checkpoint_every_steps = 250
-    config.knn_every_steps = config.linear_every_steps = 1000
+    config.knn_every_steps = config.linear_every_steps = 10_000  # after the last step only
     config.knn_baselines = True
 
     config.backbone.patch_size = 7
