@@ -25,7 +25,7 @@ def test_a_table_for_each_evaluation():
         ("teacher before training", "60.0", "59.0"),
         ("teacher after 6 steps", "70.0", "69.0"),
     ]
-    assert [column.header for column in depth.columns] == ["features", "teacher"]
+    assert [column.header for column in depth.columns] == ["features", "value"]
 
 
 def test_a_run_without_a_loss_and_one_with(tmp_path, tiny_config):

@@ -83,7 +83,8 @@ def progress(results: Sequence[Result]) -> Progress:
         title = f"teacher after {result.step} steps" if name == "teacher" else name
         values = result.quantity(quantity)
         rows.append((title, [f"{values[w]:.1f}" if w in values else "" for w in columns]))
-    titles = [value_title(evaluation, which) for which in columns]
+    # A lone value needs no name beside that of the table.
+    titles = [value_title(evaluation, which) if which else "value" for which in columns]
     return Progress(heading(evaluation, quantity), titles, rows)
 
 
