@@ -63,7 +63,7 @@ print(config.views)
 # %% [markdown]
 # ## Training
 #
-# k-NN on raw pixels and on the untrained network come first, to compare with. One line moves: it
+# Raw pixels and the untrained network come first, to compare with. One line moves: it
 # says the loss and the time that is left. Interrupt the cell, and it saves; run it again, and it
 # goes on where it stopped.
 
@@ -145,11 +145,12 @@ config = esvit_jax.load_config("quickstart")
 config.data.name = PHOTOS
 config.data.train_split, config.data.test_split = "train[:90%]", "train[90%:]"
 config.data.canvas_size = 96
-config.views.global_size, config.views.local_size = 64, 32
+config.views.global_size, config.views.local_size = 56, 28
 config.views.saturation, config.views.hue, config.views.grayscale = 0.2, 0.1, 0.2
 config.init_from = RUN
 config.total_epochs, config.batch_size, config.log_every_steps = 1, 16, 10
-config.knn_every_steps, config.knn_baselines = 0, False  # photos need no labels
+config.knn_every_steps = config.linear_every_steps = 0  # photos need no labels
+config.knn_baselines = False
 photos = esvit_jax.train(config, "runs/photos")
 
 # %%

@@ -38,7 +38,7 @@ if $small; then
 else
     : "${BATCHES:=32 64 128 256}" "${DTYPES:=bfloat16 float32}"
     : "${WHO:=ours torch torch-compiled}" "${ROUNDS:=15}" "${MODEL:=--config=esvit_swin}"
-    # The quickstart with four times its batch, and its learning rate.
+    # The quickstart with twice its batch, and its learning rate.
     : "${TRAINING:=--config=quickstart --config.dtype=bfloat16 --config.batch_size=128
         --config.optimizer.learning_rate=3e-3 --config.total_epochs=200
         --config.log_every_steps=100 --config.checkpoint_every_steps=500
