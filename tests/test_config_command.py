@@ -29,7 +29,7 @@ def test_it_prints_every_field_and_marks_what_is_not_the_default(capsys: Capture
     assert {name for mark, name, _ in rows if mark == "*"} == changed
     lines = {name: " ".join(rest.split()) for _, name, rest in rows}
     assert lines["seed"] == f"3 [default 0] {FIELDS['seed'].comment}"
-    assert lines["backbone.patch_size"].startswith("None [4 in swin_tiny] pixels")
+    assert lines["backbone.attention_dtype"].startswith("None ['float32' in swin_tiny] of")
     assert lines["backbone.depths"].startswith("(2, 2) [default None] blocks")
 
 
@@ -38,12 +38,12 @@ def test_it_prints_the_numbers_of_the_run(capsys: Capture):
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[lines.index("The run:") + 1 :] == [
         "images to train on 6,000",
-        "steps an epoch 187",
-        "steps of the run 935",
-        "steps in which the learning rate rises 94",
+        "steps an epoch 93",
+        "steps of the run 1,023",
+        "steps in which the learning rate rises 46",
         "steps in which prototypes do not move 0",
         "peak of the learning rate 0.0015",
-        "images a device 32",
+        "images a device 64",
     ]
 
 
@@ -71,9 +71,9 @@ def test_without_the_data_it_says_what_is_missing(capsys: Capture):
     ("flag", "wanted"),
     [
         ("--config.backbone.num_heads=(3,5)", r"config\.backbone\.num_heads = \(3, 5\): 5 does"),
-        ("--config.data.canvas_size=16", r"config\.data\.canvas_size = 16: it must be at least 32"),
+        ("--config.data.canvas_size=16", r"config\.data\.canvas_size = 16: it must be at least 28"),
         ("--num_images=0", "--num_images: '0' is no whole number from 1 up"),
-        ("--num_devices=7", r"config\.batch_size = 32: 7 devices need a multiple of 7"),
+        ("--num_devices=7", r"config\.batch_size = 64: 7 devices need a multiple of 7"),
     ],
 )
 def test_what_cannot_work_is_refused(flag: str, wanted: str, capsys: Capture):

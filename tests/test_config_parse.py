@@ -187,7 +187,8 @@ def test_a_bad_file_is_named_with_line_and_reason(tmp_path: Path, what: str):
 
 
 def test_files_that_are_none_are_named(tmp_path: Path):
-    known = "give a .py file or one of esvit_cvt, esvit_swin, esvit_vil, quickstart, resnet50, vit"
+    names = "esvit_cvt, esvit_swin, esvit_vil, quickstart, resnet50, small_data, vit"
+    known = f"give a .py file or one of {names}"
     assert refusal(f"--config={tmp_path}/nowhere.py") == (
         f"--config={tmp_path}/nowhere.py: there is no such file; {known}"
     )
@@ -253,6 +254,9 @@ def test_the_published_configs():
     assert load_config("resnet50:continued=true").batch_size == 1024
     assert load_config("vit:variant=base,patch=8").backbone.patch_size == 8
     assert load_config("quickstart").data.name == "bundled/fashion_mnist_mini"
+    for images, prototypes, epochs in ((200, 32, 1000), (2_000, 128, 300), (100_000, 4096, 100)):
+        config = load_config(f"small_data:images={images}")
+        assert (config.head.num_prototypes, config.total_epochs) == (prototypes, epochs)
 
 
 def test_a_name_is_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
