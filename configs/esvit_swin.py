@@ -16,7 +16,7 @@ at its epoch 200 (S 14: 180), and were evaluated by k-NN at the epoch that is gi
 | B 7 | 79.6 / 77.7 | 80.4 / 78.9, continued | 260 | 97 |
 | T 14 | 77.9 / 75.5 | 78.7 / 77.0, continued | unknown | 59 |
 | S 14 | 79.4 / 77.3 | 80.8 / 79.1, continued | 250 | 83 |
-| B 14 | 80.5 / 78.3 | 81.3 / 79.3, continued, `norm_last_layer` | 240 | not yet |
+| B 14 | 80.5 / 78.3 | 81.3 / 79.3, continued, `norm_last_layer` | 240 | 110 |
 
 L has no published row. "Planned" is for 300 epochs with both losses on eight chips of a v5e, 32
 images a chip, as `esvit plan` estimates it (docs/measurements.md, Plans; no chip was asked).

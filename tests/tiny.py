@@ -1,7 +1,7 @@
 """A run of seconds, for tests and, as a config file, for the processes that tests start."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from esvit_jax.config import ConfigDict, default_config
 
@@ -42,9 +42,13 @@ def tiny_config() -> ConfigDict:
 get_config = tiny_config
 
 
-@functools.cache
 def initial_params(model: "EsViT") -> Any:
     """`init_params` of key 0, compiled; once for each network."""
+    return _initial_params(cast(Any, model))
+
+
+@functools.cache
+def _initial_params(model: Any) -> Any:
     import jax
 
     from esvit_jax.state import init_params

@@ -80,12 +80,13 @@ class FeatureEvaluator:
     def _result(
         self, extractor: FeatureExtractor, params: PyTree, subject: str, step: int | None
     ) -> Result:
-        found = []
+        found: list[Split] = []
         for source in self._sources:
-            split = extractor.arrays(params, source)
-            check_split(source, *split, self._words)
-            found.append(split)
-        values = self._measure(*found, self._sources[0].num_classes)
+            features, labels = extractor.arrays(params, source)
+            check_split(source, features, labels, self._words)
+            found.append((features, labels))
+        train, test = found
+        values = self._measure(train, test, self._sources[0].num_classes)
         return Result(self._evaluation, values, subject, step)
 
 
