@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
 
     Pictures are small and few steps are taken, so three things differ from the published recipe
     beyond its size: views show most of a picture, as a twentieth of 28 pixels shows nothing; heads
-    have batch norms, without which the teacher still hardly tells prototypes apart after a thousand
-    steps; and the last map is 2 x 2, so that its mean keeps some of where things are.
+    have batch norms, which spread the teacher's answers from the first step; and the last map is
+    2 x 2, so that its mean keeps some of where things are.
     """
     config = default_config()
     config.dtype = "float32"
