@@ -58,6 +58,7 @@ PHOTOS = os.environ.get("PHOTOS", "bundled/fashion_mnist_mini")  # yours: "folde
 config = esvit_jax.load_config("quickstart")
 config.total_epochs = float(os.environ.get("EPOCHS", config.total_epochs))
 config.log_every_steps = 10
+config.linear_every_steps = 0  # k-NN is enough here: a probe of raw pixels takes a minute
 print(config.views)
 
 # %% [markdown]
