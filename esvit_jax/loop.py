@@ -160,7 +160,7 @@ def evaluate(run: Run, state: TrainState, done: int, log: RunLog) -> None:
     for evaluator in run.evaluators:
         if evaluator.due(done):
             with log.busy(f"evaluating at step {done}", "evaluation"):
-                results.append(evaluator(state.teacher, done))
+                results += evaluator(state.teacher, done)
     for result in results:
         log.record(result, done)
 
@@ -169,7 +169,7 @@ def evaluate_baselines(run: Run, state: TrainState, log: RunLog) -> None:
     """What the run is to be compared with: other features, and its own before training."""
     for evaluator in run.evaluators:
         with log.busy("evaluating what to compare with", "evaluation"):
-            results = [*evaluator.baselines(), evaluator(state.teacher, run.start_step)]
+            results = evaluator.baselines(state.teacher, run.start_step)
         for result in results:
             log.record(result, run.start_step)
 

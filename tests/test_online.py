@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+import tiny
 
 from esvit_jax.config import resolve
 from esvit_jax.data.sources import open_source
@@ -13,6 +14,7 @@ from esvit_jax.evaluate.fast import fast_probe
 from esvit_jax.evaluate.features import FeatureExtractor, raw_pixels
 from esvit_jax.evaluate.online import Evaluator, evaluators
 from esvit_jax.evaluate.result import Result
+from esvit_jax.models import create_model
 
 
 class Constant:
@@ -22,9 +24,9 @@ class Constant:
         return step == 2
 
     def __call__(self, params, step):
-        return Result("constant", {"answer": 42.0}, step=step)
+        return [Result("constant", {"answer": 42.0}, step=step)]
 
-    def baselines(self):
+    def baselines(self, params, step):
         return []
 
 
@@ -59,14 +61,33 @@ def test_a_probe_while_training_is_that_of_the_features(asked, tiny_config):
     (probe,) = asked()
     assert [step for step in range(1, 7) if probe.due(step)] == [5, 6]
 
-    (pixels,) = probe.baselines()
+    params = {"backbone": tiny.initial_params(create_model(tiny_config))["backbone"]}
+    pixels, untrained = probe.baselines(params, 0)
     assert (pixels.evaluation, pixels.subject, pixels.step) == ("linear_fast", "raw_pixels", None)
+    assert (untrained.subject, untrained.step) == ("teacher", 0)
     extractor = FeatureExtractor(raw_pixels(tiny_config), tiny_config)
     train, test = (
         ArrayBlocks(*extractor.arrays({}, open_source("bundled/fashion_mnist_mini", split, None)))
         for split in ("train[:50]", "test[:40]")
     )
     assert pixels.values == fast_probe(train, test, 10).values
+
+
+def test_what_is_due_together_shares_the_features(asked, tiny_config, monkeypatch):
+    tiny_config.data.test_split = "test[:40]"
+    tiny_config.knn_every_steps, tiny_config.linear_every_steps, tiny_config.evaluate.k = 2, 4, (5,)
+    (evaluator,) = asked()
+    read = []
+    images = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    labels = np.arange(50, dtype=np.int32) % 10
+    monkeypatch.setattr(
+        FeatureExtractor, "arrays", lambda self, params, source: read.append(1) or (images, labels)
+    )
+    for step, due in ((1, []), (2, ["knn"]), (4, ["knn", "linear_fast"])):
+        assert evaluator.due(step) == bool(due)
+        if due:
+            assert [x.evaluation for x in evaluator({"backbone": {}}, step)] == due
+    assert len(read) == 4  # two splits at each of two steps
 
 
 @pytest.mark.parametrize("field", ["knn_every_steps", "linear_every_steps"])
@@ -81,4 +102,5 @@ def test_images_without_labels_name_the_field(asked, tiny_config, tmp_path, fiel
 def test_a_new_evaluator_is_one_line(asked, tiny_config, monkeypatch):
     monkeypatch.setattr(online, "MAKERS", (*online.MAKERS, lambda config, source, n: Constant()))
     (constant,) = asked()
-    assert constant({}, 2).scalars() == {"constant/answer": 42.0}
+    (result,) = constant({}, 2)
+    assert result.scalars() == {"constant/answer": 42.0}

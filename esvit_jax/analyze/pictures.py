@@ -183,10 +183,10 @@ def _draw_attended(axes: "Axes", row: AttendedPicture, head: int) -> None:
 
     weights = row.maps[head] / max(row.maps[head].max(), 1e-12)
     size = row.picture.shape[:2]
-    weights = over_picture(weights, row.stride, size)[..., None]
+    weights = over_picture(weights, row.stride, size)
     gray = row.picture.mean(-1, keepdims=True)
-    heat = 0.45 * gray + 0.55 * colormaps["inferno"](weights[..., 0])[..., :3]
-    shown = np.where(np.isnan(weights), gray, heat)
+    heat = 0.45 * gray + 0.55 * colormaps["inferno"](weights)[..., :3]
+    shown = np.where(np.isnan(weights)[..., None], gray, heat)
     axes.imshow(shown, interpolation=smoothing(row.picture))
     axes.set_title(f"head {head}  {row.entropy[head]:.1f} bits", fontsize=7)
     _outline(axes, row.kept[head], row.stride, size)

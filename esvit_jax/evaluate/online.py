@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from esvit_jax.config import ConfigDict, RunNumbers
 from esvit_jax.data.sources import Source
-from esvit_jax.evaluate.online_features import knn_evaluator, linear_evaluator
+from esvit_jax.evaluate.online_features import feature_evaluator
 from esvit_jax.evaluate.result import Result
 
 
@@ -23,8 +23,8 @@ class Evaluator(Protocol):
         """Whether the teacher after so many steps is to be evaluated."""
         ...
 
-    def __call__(self, params: Mapping[str, PyTree], step: int) -> Result:
-        """Evaluates a network.
+    def __call__(self, params: Mapping[str, PyTree], step: int) -> list[Result]:
+        """Evaluates a network by what is due.
 
         Args:
           params: {"backbone", …}, the teacher's.
@@ -32,14 +32,18 @@ class Evaluator(Protocol):
         """
         ...
 
-    def baselines(self) -> list[Result]:
-        """What does not change while a run trains, to compare with; measured once."""
+    def baselines(self, params: Mapping[str, PyTree], step: int) -> list[Result]:
+        """What to compare with, by all measures: measured once, before the first step.
+
+        Args:
+          params, step: of the network that training begins with.
+        """
         ...
 
 
 # (config, train split, numbers of the run) -> an evaluator; None where the config asks for none.
 Maker = Callable[[ConfigDict, Source, RunNumbers], Evaluator | None]
-MAKERS: tuple[Maker, ...] = (knn_evaluator, linear_evaluator)
+MAKERS: tuple[Maker, ...] = (feature_evaluator,)
 
 
 def evaluators(config: ConfigDict, train_source: Source, numbers: RunNumbers) -> list[Evaluator]:
