@@ -218,18 +218,24 @@ class LoadedModel(NamedTuple):
     centers: dict[str, jax.Array]
     step: int
 
+    def chosen(self, key: str | None = None) -> str:
+        """The key of the network to evaluate: the teacher's, unless another one is asked for.
+
+        Of a checkpoint that was converted for its student (`origin["key"]`) it is the student's.
+        """
+        return key or self.origin.get("key", "teacher")
+
     def network(self, key: str | None = None) -> PyTree:
         """The params of one of the two networks.
 
         Args:
-          key: "teacher" or "student"; None is the one to evaluate: the teacher, unless the
-            checkpoint was converted for its student (`origin["key"]`).
+          key: "teacher" or "student"; None is the one that is `chosen`.
 
         Raises:
           UserError: another key, or that of a network that is not there.
         """
         networks = {"teacher": self.teacher, "student": self.student}
-        key = key or self.origin.get("key", "teacher")
+        key = self.chosen(key)
         if key not in networks:
             raise UserError("it must be 'teacher' or 'student'", argument="key", value=key)
         if networks[key] is None:

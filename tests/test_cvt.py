@@ -340,14 +340,19 @@ def test_misfits_are_named(tmp_path):
 # Training, evaluations, exports
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run of two steps on four devices; windows of 3 do not fit its maps of 4 x 4 and 2 x 2."""
-    config = tiny_config()
+def cvt_config(config):
+    """Windows of 3 do not fit maps of 4 x 4 and 2 x 2."""
     config.backbone.update(
         name="cvt_tiny", embed_dim=None, embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2),
         window_size=3,
     )  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two steps on four devices."""
+    config = cvt_config(tiny_config())
     config.total_steps, config.checkpoint_every_steps = 2, 1
     config.data.train_split = "train[:160]"
     folder = tmp_path_factory.mktemp("cvt") / "run"

@@ -95,13 +95,13 @@ def test_the_centre_is_that_of_the_view(shape, crop):
     assert abs((center_of(ramp, 16, crop) - shown)[2:-2, 2:-2].mean()) < 0.8
 
 
-def upsampled(maps: np.ndarray, size: int) -> np.ndarray:
-    """[h, w, c] to [size, size, c], one pixel at a time."""
+def upsampled(maps: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """[h, w, c] to [size, size, c], one pixel at a time; beyond the map its edge goes on."""
     found = np.zeros((size, size, maps.shape[2]))
     for i in range(size):
         for j in range(size):
-            y = np.clip((i + 0.5) * maps.shape[0] / size - 0.5, 0, maps.shape[0] - 1)
-            x = np.clip((j + 0.5) * maps.shape[1] / size - 0.5, 0, maps.shape[1] - 1)
+            y = np.clip((i + 0.5) / stride - 0.5, 0, maps.shape[0] - 1)
+            x = np.clip((j + 0.5) / stride - 0.5, 0, maps.shape[1] - 1)
             top, left = int(y), int(x)
             down, right = min(top + 1, maps.shape[0] - 1), min(left + 1, maps.shape[1] - 1)
             dy, dx = y - top, x - left
@@ -111,14 +111,16 @@ def upsampled(maps: np.ndarray, size: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("num_classes", [3, None])
-def test_what_is_measured_equals_a_loop(num_classes):
+def test_what_is_measured_equals_a_loop(num_classes, stride):
+    """Maps that end 2 pixels before a view of 8, and 1 pixel after it."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(5, 3, 3, 4)).astype(np.float32)
     targets = rng.integers(-1, 3, (5, 8, 8)).astype(np.int32)
     if num_classes is None:
         targets = targets.astype(np.float32)
-    split = DenseSplit(features, targets)
+    split = DenseSplit(features, targets, stride)
     layers = {
         "weights": jnp.asarray(rng.normal(size=(2, 4, num_classes or 1)), jnp.float32),
         "bias": jnp.asarray(rng.normal(size=(2, num_classes or 1)), jnp.float32),
@@ -129,7 +131,7 @@ def test_what_is_measured_equals_a_loop(num_classes):
         for x, target in zip(features, targets, strict=True):
             standard = (x - scale.mean) / scale.deviation
             weights, bias = (np.asarray(layers[name][head]) for name in ("weights", "bias"))
-            maps = upsampled(standard @ weights + bias, 8)
+            maps = upsampled(standard @ weights + bias, 8, stride)
             for row, true in zip(maps.reshape(64, -1), target.ravel(), strict=True):
                 if num_classes is None and true > 0:
                     squares.append((row[0] * scale.depth_deviation + scale.depth_mean - true) ** 2)
@@ -147,8 +149,8 @@ def test_a_layer_learns_what_is_linear():
     rng = np.random.default_rng(1)
     features = rng.normal(size=(60, 4, 4, 5)).astype(np.float32)
     maps = features @ np.array([1.0, -2.0, 0.5, 0.0, 1.0], np.float32)[:, None] + 20
-    depths = np.stack([upsampled(x, 12)[..., 0] for x in maps]).astype(np.float32)
-    train, test = DenseSplit(features[:40], depths[:40]), DenseSplit(features[40:], depths[40:])
+    depths = np.stack([upsampled(x, 12, 3)[..., 0] for x in maps]).astype(np.float32)
+    train, test = (DenseSplit(features[i], depths[i], 3) for i in np.split(np.arange(60), [40]))
     probe = dense_probe(train, test, None, learning_rates=(1e-5, 3e-2), epochs=60)
     assert probe.learning_rate == 3e-2 and probe.images == (32, 8, 20)
     assert probe.result.values["rmse"] < 0.02 * depths.std() < probe.held_out[1e-5]

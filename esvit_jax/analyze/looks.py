@@ -141,7 +141,7 @@ def hits_in_split(
     result, images = evaluate_correspondence(loaded, source, key=key, seed=seed, console=console)
     return {
         "step": result.step,
-        "key": key or loaded.origin.get("key", "teacher"),
+        "key": loaded.chosen(key),
         "data": source.name,
         "split": source.split,
         "images": images,

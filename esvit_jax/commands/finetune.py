@@ -98,7 +98,7 @@ def run(arguments: Any, config: "ConfigDict | None") -> None:
         loaded = open_network(arguments)
         config = loaded.config.copy_and_resolve_references()
         if not arguments.from_scratch:
-            key = arguments.key or loaded.origin.get("key", "teacher")
+            key = loaded.chosen(arguments.key)
             backbone, random = loaded.network(key)["backbone"], {}
             source = f"{key} of {arguments.workdir} at step {loaded.step}"
     if arguments.drop_path is not None:

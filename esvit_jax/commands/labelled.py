@@ -169,7 +169,7 @@ def describe_splits(
     train, test = sources
     return {
         "step": loaded.step,
-        "key": key or loaded.origin.get("key", "teacher"),
+        "key": loaded.chosen(key),
         "data": train.name,
         "train_split": train.split,
         "test_split": test.split,

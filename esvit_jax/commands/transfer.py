@@ -177,7 +177,7 @@ def report_of(
     """What the file holds."""
     from esvit_jax.evaluate.transfer import scores_json, transfer_results, wins
 
-    key = arguments.key or loaded.origin.get("key", "teacher")
+    key = loaded.chosen(arguments.key)
     report: dict[str, Any] = {
         "step": loaded.step, "key": key, "protocol": arguments.protocol, "shots": arguments.shots,
         "sets": {one.name: scores_json(one) for one in found[0]}, "skipped": skipped,

@@ -74,7 +74,7 @@ class NetworkFeatures:
         config, backbone = loaded.config.copy_and_resolve_references(), loaded.model.backbone
         config.evaluate.batch_size = batch_size or config.evaluate.batch_size
         self._loaded, self._config, self._columns = loaded, config, tuple(columns)
-        self._key = key or loaded.origin.get("key", "teacher")
+        self._key = loaded.chosen(key)
 
         def extract(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
             out = backbone.forward(params, evaluation_images(config, batch))

@@ -1,6 +1,7 @@
 """Dense probes: a linear layer on frozen region features says what each pixel is, or how far.
 
-The layer's map is scaled up bilinearly to the view's pixels, and judged there.
+The layer's map is scaled up bilinearly to the pixels that its regions cover, and judged there.
+Where a map ends before the view does, its last row or column goes on.
 """
 
 import functools
@@ -39,6 +40,7 @@ class DenseSplit(NamedTuple):
 
     features: np.ndarray
     targets: np.ndarray
+    stride: int  # pixels along a side of a region
 
 
 class DenseProbe(NamedTuple):
@@ -99,7 +101,8 @@ def dense_split(
                 targets.append(_checked(target, num_classes, ignore, f"{source.name} {name}"))
     if not targets:
         raise UserError(f"{source.name} {source.split}: none of {len(source)} images can be read")
-    found = DenseSplit(np.concatenate(features), np.stack(targets))
+    stride = loaded.model.backbone.stages[-1].stride
+    found = DenseSplit(np.concatenate(features), np.stack(targets), stride)
     if not np.isfinite(found.features).all():
         raise RunError(
             f"{source.name} {source.split}: features are not finite; the network diverged, "
@@ -158,10 +161,10 @@ def dense_probe(
         raise UserError("train: one image to train on and one to choose by are two")
     order = np.random.default_rng(seed).permutation(len(train.targets))
     held, own = order[::EVERY], np.delete(order, np.s_[::EVERY])
-    part = DenseSplit(train.features[own], train.targets[own])
+    part = DenseSplit(train.features[own], train.targets[own], train.stride)
     scale = _scale_of(part, num_classes)
     layers = _train(part, scale, num_classes, learning_rates, epochs, batch_size, seed)
-    chooses = DenseSplit(train.features[held], train.targets[held])
+    chooses = DenseSplit(train.features[held], train.targets[held], train.stride)
     choices = dict(zip(learning_rates, _measure(layers, scale, chooses, num_classes), strict=True))
     best = (max if num_classes else min)(choices, key=lambda rate: choices[rate])
     picked = jax.tree.map(lambda x: x[list(choices).index(best)][None], layers)
@@ -218,7 +221,7 @@ def _train(
     for step, rows in enumerate(batches):
         now = rates * np.float32(0.5 + 0.5 * np.cos(np.pi * step / len(batches)))
         layers, moments = _update(
-            layers, moments, now, scale, split.features[rows], split.targets[rows]
+            layers, moments, now, scale, split.features[rows], split.targets[rows], split.stride
         )
     return layers
 
@@ -231,8 +234,8 @@ def _measure(
     matrices = np.zeros((heads, num_classes or 0, num_classes or 0), np.int64)
     squares, pixels = np.zeros(heads), 0
     for start in range(0, len(split.targets), BATCH_SIZE):
-        features, targets = (x[start : start + BATCH_SIZE] for x in split)
-        maps = np.asarray(_maps(layers, scale, features, targets.shape[1]))
+        features, targets = (x[start : start + BATCH_SIZE] for x in split[:2])
+        maps = np.asarray(_maps(layers, scale, features, targets.shape[1], split.stride))
         if num_classes:
             every = [confusion(x, targets, num_classes) for x in maps.argmax(axis=-1)]
             matrices += np.stack(every)
@@ -252,9 +255,13 @@ def _measure(
 _ADAM = scale_by_adam(0.9, 0.999, 1e-8)
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _maps(
-    layers: dict[str, Array], scale: _Scale, features: Float[Array, "b h w d"], size: int
+    layers: dict[str, Array],
+    scale: _Scale,
+    features: Float[Array, "b h w d"],
+    size: int,
+    stride: int,
 ) -> Float[Array, "m b s s c"]:
     standard = (features - scale.mean) / scale.deviation
     maps = jnp.einsum(
@@ -262,11 +269,14 @@ def _maps(
         precision=jax.lax.Precision.HIGHEST,
     )  # fmt: skip
     maps += layers["bias"][:, None, None, None]
-    m, b, _, _, c = maps.shape
-    return jax.image.resize(maps, (m, b, size, size, c), "bilinear")
+    m, b, h, w, c = maps.shape
+    covered = jax.image.resize(maps, (m, b, h * stride, w * stride, c), "bilinear")
+    missing = [(0, max(0, size - side)) for side in covered.shape[2:4]]
+    whole = jnp.pad(covered, [(0, 0), (0, 0), *missing, (0, 0)], "edge")
+    return whole[:, :, :size, :size]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=6)
 def _update(
     layers: dict[str, Array],
     moments: optax.OptState,
@@ -274,11 +284,12 @@ def _update(
     scale: _Scale,
     features: Float[Array, "b h w d"],
     targets: Shaped[Array, "b s s"],
+    stride: int,
 ) -> tuple[dict[str, Array], optax.OptState]:
     """A step of Adam for all layers."""
 
     def loss(layers):
-        maps = _maps(layers, scale, features, targets.shape[1])
+        maps = _maps(layers, scale, features, targets.shape[1], stride)
         if jnp.issubdtype(targets.dtype, jnp.integer):
             counts, known = targets >= 0, jnp.maximum(targets, 0)
             losses = optax.softmax_cross_entropy_with_integer_labels(

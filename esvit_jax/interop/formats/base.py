@@ -199,7 +199,7 @@ def load_exportable(
     loaded = load_network(workdir, step, strict=strict)
     network = loaded.network(key)
     config = loaded.config
-    chosen: str = key or loaded.origin.get("key", "teacher")
+    chosen = loaded.chosen(key)
     backbone = _in_float32(loaded.model.backbone)
     size = image_size
     if size is None:
