@@ -19,7 +19,8 @@ at its epoch 200 (S 14: 180), and were evaluated by k-NN at the epoch that is gi
 | B 14 | 80.5 / 78.3 | 81.3 / 79.3, continued, `norm_last_layer` | 240 | 110 |
 
 L has no published row. "Planned" is for 300 epochs with both losses on eight chips of a v5e, 32
-images a chip, as `esvit plan` estimates it (docs/measurements.md, Plans; no chip was asked).
+images a chip, as `esvit plan` estimates it (docs/measurements.md, Plans; no chip was asked). With
+views alone T 7 is planned to take 48 hours.
 """
 
 from esvit_jax.config import ConfigDict, config_arguments, published_run
