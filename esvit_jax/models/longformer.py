@@ -13,7 +13,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from esvit_jax.models import kernels
 from esvit_jax.models.attention import attention_logits, relative_position_index, window_attention
+from esvit_jax.models.kernels.chunk_layout import ChunkLayout
 from esvit_jax.models.layers import LINEAR_INIT, Linear
 from esvit_jax.models.resize import bicubic_matrix
 
@@ -176,6 +178,18 @@ def with_neighbours(
     return jnp.concatenate([of_global, *parts], axis=-2)
 
 
+def in_lanes(
+    project: Linear, features: slice, slots: Float[Array, "b rows lanes d"]
+) -> Float[Array, "b rows features lanes"]:
+    """Some features of a projection that has been called before, along rows."""
+    params = project.variables["params"]
+    kernel, bias = params["kernel"][:, features], params["bias"][features]
+    dtype = project.dtype
+    slots, kernel = slots.astype(dtype), jnp.asarray(kernel, dtype)
+    out = (jnp.matmul(slots, kernel, preferred_element_type=jnp.float32) + bias).astype(dtype)
+    return rearrange(out, "b y lanes d -> b y d lanes")
+
+
 class SparseAttention(nn.Module):
     """Cells attend to the nine chunks around them, and to global tokens."""
 
@@ -184,6 +198,7 @@ class SparseAttention(nn.Module):
     window_size: int
     dtype: DTypeLike = jnp.float32
     return_weights: bool = False
+    attention: str = "xla"  # by which code; see `ViL`
 
     @nn.compact
     def __call__(
@@ -193,26 +208,38 @@ class SparseAttention(nn.Module):
         dim, heads, size, g = tokens.shape[-1], self.num_heads, self.window_size, self.num_global
         table = jnp.asarray(self.param(TABLE, LINEAR_INIT, ((4 * size - 1) ** 2, heads)))
         of_global = global_biases(self, heads, g)
-        query = Linear(dim, dtype=self.dtype, name="query")(tokens) * (dim // heads) ** -0.5
-        key, value = jnp.split(Linear(2 * dim, dtype=self.dtype, name="kv")(tokens), 2, axis=-1)
+        project = Linear(dim, dtype=self.dtype, name="query")
+        project_keys = Linear(2 * dim, dtype=self.dtype, name="kv")
+        project_out = Linear(dim, dtype=self.dtype, name="proj")
+        scale = (dim // heads) ** -0.5
 
         local = jnp.take(table, neighbour_index(size).reshape(-1), axis=0)
         local = rearrange(local, "(q k) heads -> heads q k", q=size**2)
-        to_global = repeat(of_global[0][1], "heads g -> heads q g", q=size**2)
-        chunks = chunk_attention(
-            *(in_chunks(x[:, g:], shape, size, heads) for x in (query, key, value)),
-            *(in_heads(x[:, :g], heads) for x in (key, value)),
-            bias=jnp.concatenate([to_global, local], axis=-1),
-            inside=neighbours_inside(*shape, size),
-        )
-        out = out_of_chunks(chunks, shape, size)
+        query = project(tokens) * scale
+        key, value = jnp.split(project_keys(tokens), 2, axis=-1)
+        layout = ChunkLayout(*shape, size, heads, dim // heads, g)
+        if kernels.chosen(self.attention, layout, tokens.shape[0], self.dtype):
+            slots = layout.in_slots(tokens)
+            own = in_lanes(project, slice(None), layout.without_border(slots)) * scale
+            near = (in_lanes(project_keys, part, slots) for part in np.s_[:dim, dim:])
+            out = kernels.attend_chunks(own, *near, local, of_global[0][1], layout)
+            out = project_out(rearrange(out, "b y d lanes -> b y lanes d"))
+            out = layout.out_of_slots(out)
+        else:
+            to_global = repeat(of_global[0][1], "heads g -> heads q g", q=size**2)
+            chunks = chunk_attention(
+                *(in_chunks(x[:, g:], shape, size, heads) for x in (query, key, value)),
+                *(in_heads(x[:, :g], heads) for x in (key, value)),
+                bias=jnp.concatenate([to_global, local], axis=-1),
+                inside=neighbours_inside(*shape, size),
+            )
+            out = project_out(out_of_chunks(chunks, shape, size))
         query, key, value = (in_heads(x, heads) for x in (query, key, value))
         if g:
             bias = global_rows(of_global, out.shape[1])[None]
             first = window_attention(query[..., :g, :], key, value, bias, jnp.float32)
-            first = rearrange(first, "b 1 heads g d -> b g (heads d)")
+            first = project_out(rearrange(first, "b 1 heads g d -> b g (heads d)"))
             out = jnp.concatenate([first, out], axis=1)
-        out = Linear(dim, dtype=self.dtype, name="proj")(out)
         if not self.return_weights:
             return out, None
         bias = whole_bias(sparse_bias(table, *shape, size), of_global)

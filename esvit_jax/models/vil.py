@@ -84,6 +84,7 @@ class AttentionBlock(nn.Module):
     drop_path_rate: float
     dtype: DTypeLike = jnp.float32
     return_weights: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -96,7 +97,9 @@ class AttentionBlock(nn.Module):
         if self.window_size is None:
             attention = functools.partial(FullAttention, side=self.side)
         else:
-            attention = functools.partial(SparseAttention, window_size=self.window_size)
+            attention = functools.partial(
+                SparseAttention, window_size=self.window_size, attention=self.attention
+            )
         y = LayerNorm(dtype=self.dtype, name="norm")(tokens)
         y, weights = attention(
             num_heads=self.num_heads,
@@ -144,12 +147,13 @@ class ViL(Backbone):
       mlp_ratio: hidden features of an MLP over its input's.
       drop_path_rate: of the last block; grows linearly from 0 at the first.
       dtype: of matrix products and of the maps between blocks.
+      attention: by which code chunks are attended; see `Swin`.
       patches: by which code they are embedded; see `Swin`.
       remat: what the backward pass computes again: "none", "dots" (all but products with
         weights) or "block" (whole blocks); logits of sparse stages always.
     """
 
-    when_spread: ClassVar[Mapping[str, str] | None] = {"patches": "product"}
+    when_spread: ClassVar[Mapping[str, str] | None] = {"attention": "xla", "patches": "product"}
 
     embed_dims: Sequence[int]
     depths: Sequence[int]
@@ -161,6 +165,7 @@ class ViL(Backbone):
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
     patches: str = "convolution"
     remat: str = "none"
 
@@ -244,6 +249,7 @@ class ViL(Backbone):
             drop_path_rate=drop_path_rate,
             dtype=self.dtype,
             return_weights=return_weights,
+            attention=self.attention,
             name=f"layer{stage + 1}_{2 * block + 1}",
         )
         mlp = classes[1](

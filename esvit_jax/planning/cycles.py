@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from esvit_jax.models.kernels.metadata import Call
+from esvit_jax.models.kernels.metadata import Call, ChunkCall
 from esvit_jax.planning.chips import Chip
 from esvit_jax.planning.hlo import ON_CHIP, Instruction, Module, shape_bytes, tuple_parts
-from esvit_jax.planning.kernel_rule import RULES
+from esvit_jax.planning.kernel_rule import CHUNK_RULES, RULES
 from esvit_jax.planning.traffic import Traffic
 
 ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -47,11 +47,15 @@ class Cost(NamedTuple):
 
 def scheduled_cycles(instruction: Instruction) -> int:
     """Of one call of a kernel of ours on a v5e, by what it tells; 0 if it tells nothing."""
-    call, rule = Call.of(instruction.attributes), RULES.get(kernel_name(instruction))
-    return rule.cycles(call) if call and rule else 0
+    name = kernel_name(instruction)
+    if (call := Call.of(instruction.attributes)) and name in RULES:
+        return RULES[name].cycles(call)
+    if (chunks := ChunkCall.of(instruction.attributes)) and name in CHUNK_RULES:
+        return CHUNK_RULES[name].cycles(chunks)
+    return 0
 
 
-KERNEL_CYCLES: KernelCycles = dict.fromkeys(RULES, scheduled_cycles)
+KERNEL_CYCLES: KernelCycles = dict.fromkeys((*RULES, *CHUNK_RULES), scheduled_cycles)
 
 
 def costs(

@@ -1,15 +1,16 @@
-"""Cycles of the kernels of window attention, by a rule in place of their schedules.
+"""Cycles of the kernels of attention, by a rule in place of their schedules.
 
 A kernel's instruction tells its layout and its maps, from which the registers follow that it
 holds; the rule says how many bundles of instructions each takes. It is fitted to the schedules of
 Swin-T's kernels of windows 7 and 14 on a v5e (`schedules`, which prints it anew);
-docs/notes/kernels.md says how far off it is, there and elsewhere.
+docs/notes/kernels.md says how far off it is, there and elsewhere. The rule for chunks is made of
+those of `vil_2262` (docs/notes/longformer.md).
 """
 
 from typing import NamedTuple
 
 from esvit_jax.models.kernels.layout import LANES, Layout
-from esvit_jax.models.kernels.metadata import Call
+from esvit_jax.models.kernels.metadata import Call, ChunkCall
 
 
 class Rule(NamedTuple):
@@ -48,7 +49,30 @@ def program_registers(call: Call) -> float:
     return call.maps_per_program * call.layout.tokens / 8 * call.layout.tiles * turned
 
 
+class ChunkRule(NamedTuple):
+    """Bundles for each register, and for each program besides.
+
+    Attributes:
+      logits: of a group of chunks.
+      keys: that a group attends to.
+      program: what a program does once.
+    """
+
+    logits: float
+    keys: float
+    program: float
+
+    def cycles(self, call: ChunkCall) -> int:
+        """Of all programs of a call."""
+        logits, keys = call.registers
+        return round(self.logits * logits + self.keys * keys + self.program * call.programs)
+
+
 RULES = {
     "forward_kernel": Rule(2.3, 2.3, 3.9, 4.3),
     "backward_kernel": Rule(9.3, 3.5, 4.0, 7.1),
+}
+CHUNK_RULES = {
+    "chunk_forward_kernel": ChunkRule(6.3, 0.7, 120),
+    "chunk_backward_kernel": ChunkRule(11.7, 7.3, 600),
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from esvit_jax.models.kernels.chunk_layout import ChunkLayout
 from esvit_jax.models.kernels.layout import Layout
 
 # MiB of vector memory that a program may take, by the beginning of a device's name.
@@ -45,8 +46,8 @@ def for_tpu() -> bool:
     return bool(_room())
 
 
-def chosen(attention: str, layout: Layout, maps: Any, dtype: Any) -> bool:
-    """Whether windows are attended by the kernel: "pallas" says so, "auto" on a TPU that can.
+def chosen(attention: str, layout: Layout | ChunkLayout, maps: Any, dtype: Any) -> bool:
+    """Whether maps are attended by the kernel: "pallas" says so, "auto" on a TPU that can.
 
     Raises:
       ValueError: `attention` is none of "auto", "xla" and "pallas".
@@ -57,6 +58,8 @@ def chosen(attention: str, layout: Layout, maps: Any, dtype: Any) -> bool:
         return attention == "pallas"
     if not (room := _room()) or not isinstance(maps, int):
         return False
+    if isinstance(layout, ChunkLayout):
+        return layout.memory(dtype) <= room
     from esvit_jax.models.kernels import programs
 
     layout = dataclasses.replace(layout, room=room)
@@ -69,3 +72,12 @@ def attend(qkv: Any, padding: Any, bias: Any, layout: Layout) -> Any:
 
     layout = dataclasses.replace(layout, room=_room() or layout.room)
     return window_attention.attend(qkv, padding, bias, layout)
+
+
+def attend_chunks(
+    query: Any, key: Any, value: Any, local: Any, to_global: Any, layout: ChunkLayout
+) -> Any:
+    """`chunk_attention.attend`."""
+    from esvit_jax.models.kernels import chunk_attention
+
+    return chunk_attention.attend(query, key, value, local, to_global, layout)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from esvit_jax.models.kernels.basics import F32
 from esvit_jax.models.kernels.layout import LANES, Layout
-
-F32 = jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)

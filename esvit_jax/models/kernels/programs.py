@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from esvit_jax.models.kernels.blocks import F32, Blocks
+from esvit_jax.models.kernels.basics import F32
+from esvit_jax.models.kernels.blocks import Blocks
 from esvit_jax.models.kernels.layout import LANES, Layout
 from esvit_jax.models.kernels.metadata import Call
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from esvit_jax.models.kernels.blocks import F32, Blocks, each_row, maps_there, pack, unpack
+from esvit_jax.models.kernels.basics import F32, by_platform, product
+from esvit_jax.models.kernels.blocks import Blocks, each_row, maps_there, pack, unpack
 from esvit_jax.models.kernels.layout import LANES, Layout
 from esvit_jax.models.kernels.programs import (
     call,
@@ -31,15 +32,6 @@ from esvit_jax.models.kernels.programs import (
     scratch_of,
     times,
 )
-
-
-# Products of blocks. The names say which axes of the two factors are summed over.
-def _product(a: Any, b: Any, axes: tuple[int, int]) -> Any:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision,
-        preferred_element_type=F32,
-    )  # fmt: skip
 
 
 def _lane_of(shape: tuple[int, int], first: int, count: int) -> Any:
@@ -125,9 +117,9 @@ def _forward_kernel(
             values[job] = _turned(layout, v, dtype)
             for (unit, lane), w, v in zip(units, weights, before, strict=True):
                 queries = _by_head(layout, q, lane).astype(dtype)
-                logits[x, unit] = _product(k, queries, (1, 1))
-                product = _product(v, w, (1, 0)).astype(dtype)
-                turned[job, pl.ds(lane, layout.group * layout.dim), :] = product
+                logits[x, unit] = product(k, queries, (1, 1))
+                attended = product(v, w, (1, 0)).astype(dtype)
+                turned[job, pl.ds(lane, layout.group * layout.dim), :] = attended
 
     each_row(blocks, there, body)
     pack(blocks, results, out, 1)
@@ -174,9 +166,9 @@ def _backward_kernel(
         def products() -> None:
             dk = dv = jnp.zeros((layout.rows, LANES), F32)
             for lane, weights, d, d_o, q, k in given:
-                dv += _product(weights, d_o, (1, 0))
-                dk += _product(d, q, (1, 0))
-                turned[job, pl.ds(lane, width), :] = _product(k, d, (1, 0)).astype(dtype)
+                dv += product(weights, d_o, (1, 0))
+                dk += product(d, q, (1, 0))
+                turned[job, pl.ds(lane, width), :] = product(k, d, (1, 0)).astype(dtype)
             for p, value in ((1, dk), (2, dv)):
                 plane = p * tiles + tile
                 blocks.store(results, plane, lines, x, value)
@@ -194,10 +186,10 @@ def _backward_kernel(
         for unit, lane in layout.units_of(tile):
             by_head = _by_head(layout, q, lane).astype(dtype)
             queries[x, unit] = by_head
-            logits[x, unit] = _product(k, by_head, (1, 1))
+            logits[x, unit] = product(k, by_head, (1, 1))
             by_head = _by_head(layout, d_o, lane).astype(dtype)
             d_outs[x, unit] = by_head
-            d_weights[x, unit] = _product(v, by_head, (1, 1))
+            d_weights[x, unit] = product(v, by_head, (1, 1))
 
     def body(rows: Any, valid: Any) -> None:
         lines = [blocks.lines(*row) for row in rows]
@@ -244,18 +236,9 @@ def backward(
     return d_qkv, d_padding.reshape(padding.shape).astype(padding.dtype), d_bias
 
 
-def _by_platform(function: Any, layout: Layout, *arrays: Any) -> Any:
-    """On a TPU the compiled kernel, elsewhere Pallas's interpreter."""
-    return jax.lax.platform_dependent(
-        *arrays,
-        tpu=functools.partial(function, layout=layout),
-        default=functools.partial(function, layout=layout, interpret=True),
-    )
-
-
 # Blocks of the same shape are traced once.
-_forward = jax.jit(functools.partial(_by_platform, forward), static_argnums=0)
-_backward = jax.jit(functools.partial(_by_platform, backward), static_argnums=0)
+_forward = jax.jit(functools.partial(by_platform, forward), static_argnums=0)
+_backward = jax.jit(functools.partial(by_platform, backward), static_argnums=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,0 +1,86 @@
+"""The TPU kernels of a Vision Longformer's chunks, interpreted, against the code for all devices.
+
+That code is held against loops over cells in test_vil.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels import normal, relative_error
+
+from esvit_jax.models.kernels import chosen, compiling_for
+from esvit_jax.models.kernels.chunk_layout import ChunkLayout
+from esvit_jax.models.longformer import SparseAttention
+
+# maps, height, width, heads, features of a head, window, global tokens
+CASES = {
+    "whole": (2, 6, 6, 2, 8, 3, 1),
+    "padded": (2, 7, 4, 1, 16, 3, 1),  # an odd number of chunks, of which one is almost empty
+    "no_global": (1, 5, 8, 3, 4, 2, 0),
+    "globals": (1, 4, 4, 2, 8, 2, 3),
+    "smaller": (1, 2, 3, 1, 8, 4, 1),  # than a chunk
+    "seven": (1, 14, 21, 1, 32, 7, 1),
+    "wide": (1, 9, 9, 1, 8, 8, 1),  # a chunk takes all lanes
+    "wider": (1, 13, 24, 1, 8, 12, 1),  # and two registers
+}
+QUICK = ("padded", "globals")
+EACH = [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+
+
+def value_and_gradients(case, code, dtype=jnp.float32):
+    """Output, and gradients of tokens and of all parameters, by name."""
+    maps, height, width, heads, dim, window, num_global = CASES[case]
+    module = SparseAttention(heads, num_global, window, dtype, attention=code)
+    tokens, shape = normal(0, maps, num_global + height * width, heads * dim), (height, width)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, shape))
+    leaves, tree = jax.tree.flatten(params)
+    params = tree.unflatten(0.2 * normal(i, *x.shape) for i, x in enumerate(leaves))
+
+    @jax.jit
+    def run(params, tokens):
+        out, backward = jax.vjp(lambda p, x: module.apply(p, x, shape)[0], params, tokens)
+        return out, backward(normal(9, *out.shape).astype(out.dtype))
+
+    out, (d_params, d_tokens) = run(params, tokens)
+    named = jax.tree_util.tree_leaves_with_path(d_params)
+    return {"out": out, "tokens": d_tokens} | {jax.tree_util.keystr(k): x for k, x in named}
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_equals_the_code_elsewhere(case):
+    ours, theirs = (value_and_gradients(case, code) for code in ("pallas", "xla"))
+    assert len(ours) == 11 - 2 * (CASES[case][-1] == 0)
+    for name, value in theirs.items():
+        error = relative_error(ours[name], value)
+        assert error < 1e-6, (name, error)
+
+
+def test_bfloat16():
+    """As near to float32 as the code elsewhere is."""
+    exact = value_and_gradients("padded", "xla")
+    ours, theirs = (value_and_gradients("padded", c, jnp.bfloat16) for c in ("pallas", "xla"))
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        errors = [relative_error(x[name].astype(jnp.float32), value) for x in (ours, theirs)]
+        assert errors[0] < 1.3 * errors[1] and errors[0] < 0.03, (name, errors)
+
+
+def test_slots_are_undone():
+    layout = ChunkLayout(7, 4, 3, heads=2, dim=4, num_global=1)
+    tokens = normal(0, 2, 29, 8)
+    found = layout.out_of_slots(layout.without_border(layout.in_slots(tokens)))
+    np.testing.assert_array_equal(found, tokens[:, 1:])
+
+
+def test_tpus_with_room_take_the_kernel():
+    small, large = (ChunkLayout(side, side, 7, 3, 32, 1) for side in (56, 448))
+    assert not chosen("auto", small, 64, jnp.bfloat16)  # for a CPU
+    for kind, layout, dtype, takes in (
+        ("TPU v5 lite", small, jnp.bfloat16, True),
+        ("TPU v5 lite", large, jnp.bfloat16, False),
+        ("TPU v4", small, jnp.bfloat16, True),
+        ("TPU v4", small, jnp.float32, False),
+    ):
+        with compiling_for(kind):
+            assert chosen("auto", layout, 64, dtype) == takes, (kind, layout, dtype)
