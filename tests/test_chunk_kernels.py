@@ -53,7 +53,9 @@ def test_equals_the_code_elsewhere(case):
     assert len(ours) == 11 - 2 * (CASES[case][-1] == 0)
     for name, value in theirs.items():
         error = relative_error(ours[name], value)
-        assert error < 1e-6, (name, error)
+        # A bias of all cells has a gradient whose terms may cancel.
+        rounded = np.max(np.abs(np.asarray(ours[name]) - value)) < 1e-7
+        assert error < 1e-6 or rounded, (name, error)
 
 
 def test_bfloat16():

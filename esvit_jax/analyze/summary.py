@@ -15,6 +15,7 @@ from esvit_jax.data.sources import open_source
 from esvit_jax.errors import renamed
 from esvit_jax.evaluate.result import (
     RAW_PIXELS,
+    TITLES,
     Result,
     by_evaluation,
     heading,
@@ -83,8 +84,8 @@ def progress(results: Sequence[Result]) -> Progress:
         title = f"teacher after {result.step} steps" if name == "teacher" else name
         values = result.quantity(quantity)
         rows.append((title, [f"{values[w]:.1f}" if w in values else "" for w in columns]))
-    # A lone value needs no name beside that of the table.
-    titles = [value_title(evaluation, which) if which else "value" for which in columns]
+    lone = TITLES.get(quantity, "value")
+    titles = [value_title(evaluation, which) if which else lone for which in columns]
     return Progress(heading(evaluation, quantity), titles, rows)
 
 

@@ -190,6 +190,24 @@ def in_lanes(
     return rearrange(out, "b y lanes d -> b y d lanes")
 
 
+def attention_over_slots(
+    query: Float[Array, "b g heads_d"],
+    key: Float[Array, "b rows heads_d lanes"],
+    value: Float[Array, "b rows heads_d lanes"],
+    bias: Float[Array, "heads g rows lanes"],
+) -> Float[Array, "b g heads_d"]:
+    """What global tokens make of all tokens, as they lie in the slots of `ChunkLayout`."""
+    heads = len(bias)
+    query = rearrange(query, "b g (heads d) -> b heads g d", heads=heads)
+    key, value = (
+        rearrange(x, "b y (heads d) l -> b y heads d l", heads=heads) for x in (key, value)
+    )
+    logits = jnp.einsum("bhgd,byhdl->bhgyl", query, key, preferred_element_type=jnp.float32)
+    weights = nn.softmax(logits + bias, axis=(-2, -1)).astype(value.dtype)
+    out = jnp.einsum("bhgyl,byhdl->bghd", weights, value)
+    return rearrange(out, "b g heads d -> b g (heads d)")
+
+
 class SparseAttention(nn.Module):
     """Cells attend to the nine chunks around them, and to global tokens."""
 
@@ -208,38 +226,47 @@ class SparseAttention(nn.Module):
         dim, heads, size, g = tokens.shape[-1], self.num_heads, self.window_size, self.num_global
         table = jnp.asarray(self.param(TABLE, LINEAR_INIT, ((4 * size - 1) ** 2, heads)))
         of_global = global_biases(self, heads, g)
+        local = jnp.take(table, neighbour_index(size).reshape(-1), axis=0)
+        local = rearrange(local, "(q k) heads -> heads q k", q=size**2)
         project = Linear(dim, dtype=self.dtype, name="query")
         project_keys = Linear(2 * dim, dtype=self.dtype, name="kv")
         project_out = Linear(dim, dtype=self.dtype, name="proj")
         scale = (dim // heads) ** -0.5
 
-        local = jnp.take(table, neighbour_index(size).reshape(-1), axis=0)
-        local = rearrange(local, "(q k) heads -> heads q k", q=size**2)
-        query = project(tokens) * scale
-        key, value = jnp.split(project_keys(tokens), 2, axis=-1)
         layout = ChunkLayout(*shape, size, heads, dim // heads, g)
-        if kernels.chosen(self.attention, layout, tokens.shape[0], self.dtype):
+        whole = not self.return_weights
+        if whole and kernels.chosen(self.attention, layout, tokens.shape[0], self.dtype):
+            first = project(tokens[:, :g]) * scale
+            project_keys(tokens[:, :1])  # for its params; not computed
             slots = layout.in_slots(tokens)
             own = in_lanes(project, slice(None), layout.without_border(slots)) * scale
-            near = (in_lanes(project_keys, part, slots) for part in np.s_[:dim, dim:])
-            out = kernels.attend_chunks(own, *near, local, of_global[0][1], layout)
+            keys, values = (in_lanes(project_keys, part, slots) for part in np.s_[:dim, dim:])
+            out = kernels.attend_chunks(own, keys, values, local, of_global[0][1], layout)
             out = project_out(rearrange(out, "b y d lanes -> b y lanes d"))
             out = layout.out_of_slots(out)
-        else:
-            to_global = repeat(of_global[0][1], "heads g -> heads q g", q=size**2)
-            chunks = chunk_attention(
-                *(in_chunks(x[:, g:], shape, size, heads) for x in (query, key, value)),
-                *(in_heads(x[:, :g], heads) for x in (key, value)),
-                bias=jnp.concatenate([to_global, local], axis=-1),
-                inside=neighbours_inside(*shape, size),
-            )
-            out = project_out(out_of_chunks(chunks, shape, size))
+            if g:
+                bias = layout.global_bias(of_global[0][0], of_global[1])
+                first = project_out(attention_over_slots(first, keys, values, bias))
+                out = jnp.concatenate([first, out], axis=1)
+            return out, None
+
+        query = project(tokens) * scale
+        key, value = jnp.split(project_keys(tokens), 2, axis=-1)
+        to_global = repeat(of_global[0][1], "heads g -> heads q g", q=size**2)
+        chunks = chunk_attention(
+            *(in_chunks(x[:, g:], shape, size, heads) for x in (query, key, value)),
+            *(in_heads(x[:, :g], heads) for x in (key, value)),
+            bias=jnp.concatenate([to_global, local], axis=-1),
+            inside=neighbours_inside(*shape, size),
+        )
+        out = out_of_chunks(chunks, shape, size)
         query, key, value = (in_heads(x, heads) for x in (query, key, value))
         if g:
             bias = global_rows(of_global, out.shape[1])[None]
             first = window_attention(query[..., :g, :], key, value, bias, jnp.float32)
-            first = project_out(rearrange(first, "b 1 heads g d -> b g (heads d)"))
+            first = rearrange(first, "b 1 heads g d -> b g (heads d)")
             out = jnp.concatenate([first, out], axis=1)
+        out = project_out(out)
         if not self.return_weights:
             return out, None
         bias = whole_bias(sparse_bias(table, *shape, size), of_global)

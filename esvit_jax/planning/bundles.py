@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esvit_jax.models.kernels.chunk_layout import ChunkLayout
 from esvit_jax.models.kernels.layout import Layout
-from esvit_jax.models.kernels.metadata import Call
+from esvit_jax.models.kernels.metadata import Call, ChunkCall
 from esvit_jax.planning.topology import Topology, parse_topology
 
 CHILD = "from esvit_jax.planning import bundles; bundles.answer_order()"
@@ -59,11 +60,16 @@ class Schedule(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """Bundles of a program without that loop: mostly copies of maps, to float32 and back."""
+        """Bundles of a program without that loop: mostly copies of maps, to float32 and back.
+
+        Of a kernel of chunks, whose loops all turn as often as is known, that is everything.
+        """
         return self.once + sum(x.bundles * x.turns for x in self.loops if x.turns is not None)
 
-    def cycles(self, call: Call) -> int:
+    def cycles(self, call: Call | ChunkCall) -> int:
         """Of all programs, one after the other."""
+        if isinstance(call, ChunkCall):
+            return call.programs * self.copies
         return call.programs * self.copies + call.turns * self.windows.bundles
 
 
@@ -96,7 +102,7 @@ class Kernel(NamedTuple):
       memory: bytes of the core's vector memory.
     """
 
-    call: Call
+    call: Call | ChunkCall
     schedule: Schedule
     memory: int
 
@@ -106,7 +112,9 @@ class Kernel(NamedTuple):
         return self.schedule.cycles(self.call)
 
 
-def compile_kernel(layout: Layout, maps: int, direction: str, topology: Topology) -> Kernel | None:
+def compile_kernel(
+    layout: Layout | ChunkLayout, maps: int, direction: str, topology: Topology
+) -> Kernel | None:
     """Compiles a kernel in bfloat16 for one core, in a process of its own.
 
     Args:
@@ -120,7 +128,9 @@ def compile_kernel(layout: Layout, maps: int, direction: str, topology: Topology
     Raises:
       RuntimeError: it does not compile.
     """
-    order = {"layout": dataclasses.asdict(layout), "maps": maps, "direction": direction}
+    of_chunks = isinstance(layout, ChunkLayout)
+    order = {"layout": dataclasses.asdict(layout), "of_chunks": of_chunks}
+    order |= {"maps": maps, "direction": direction}
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         flags = {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"}
@@ -135,9 +145,10 @@ def compile_kernel(layout: Layout, maps: int, direction: str, topology: Topology
         found = json.loads(child.stdout.splitlines()[-1])
         if not found:
             return None
-        (path,) = Path(folder).glob(f"*-{direction}_kernel*-final_bundles.txt")
+        name = f"{'chunk_' * of_chunks}{direction}_kernel"
+        (path,) = Path(folder).glob(f"*-{name}*-final_bundles.txt")
         schedule = read_schedule(path.read_text())
-    call, used = Call.of(found), USED.search(found)
+    call, used = Call.of(found) or ChunkCall.of(found), USED.search(found)
     assert call and used
     return Kernel(call, schedule, int(used[1]))
 
@@ -147,7 +158,9 @@ def answer_order() -> None:
     print(json.dumps(instruction_of(**json.load(sys.stdin))))
 
 
-def instruction_of(layout: dict[str, Any], maps: int, direction: str, topology: str) -> str:
+def instruction_of(
+    layout: dict[str, Any], of_chunks: bool, maps: int, direction: str, topology: str
+) -> str:
     """Attributes of the kernel's instruction, "" if it is not to be had; see `compile_kernel`.
 
     The process must have the topology's environment.
@@ -160,32 +173,41 @@ def instruction_of(layout: dict[str, Any], maps: int, direction: str, topology: 
 
     device = parse_topology(topology).devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    laid = Layout(**layout)
+    laid = ChunkLayout(**layout) if of_chunks else Layout(**layout)
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-    def attend(*arrays: jax.Array) -> jax.Array:
-        qkv, padding, bias = arrays
-        return kernels.attend(qkv, padding, bias, laid)
+    def attend(*arrays: Any) -> Any:
+        run: Any = kernels.attend_chunks if of_chunks else kernels.attend
+        return run(*arrays, laid)
 
-    def gradients(d_out: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def gradients(d_out: Any, *arrays: Any) -> Any:
         return jax.vjp(attend, *arrays)[1](d_out)
 
-    tokens, queries = maps * laid.tokens, laid.lines * laid.columns
-    arrays = [
-        shape(tokens, 3 * laid.features),
-        shape(1, 3 * laid.features),
-        shape(laid.heads, queries, queries + laid.padding_key, dtype=jnp.float32),
-    ]
+    if isinstance(laid, ChunkLayout):
+        rows, lanes, heads = laid.rows, laid.groups * laid.query_lanes, laid.heads
+        out = shape(maps, rows, heads * laid.dim, lanes)
+        near = shape(maps, rows + 2, heads * laid.dim, lanes + 2 * laid.slot)
+        local = shape(heads, laid.cells, 9 * laid.cells, dtype=jnp.float32)
+        arrays = [out, near, near, local, shape(heads, laid.num_global, dtype=jnp.float32)]
+    else:
+        tokens, queries = maps * laid.tokens, laid.lines * laid.columns
+        out = shape(tokens, laid.features)
+        arrays = [
+            shape(tokens, 3 * laid.features),
+            shape(1, 3 * laid.features),
+            shape(laid.heads, queries, queries + laid.padding_key, dtype=jnp.float32),
+        ]
     with kernels.compiling_for(device.device_kind):
         if not kernels.chosen("auto", laid, maps, jnp.bfloat16):
             return ""
         if direction == "forward":
             lowered = jax.jit(attend).lower(*arrays)
         else:
-            lowered = jax.jit(gradients).lower(shape(tokens, laid.features), *arrays)
+            lowered = jax.jit(gradients).lower(out, *arrays)
     module = Module(lowered.compile().as_text() or "")
     entry = module.computations[module.entry].instructions.values()
-    (found,) = (x for x in entry if x.opcode == "custom-call" and Call.of(x.attributes))
+    calls = (x for x in entry if x.opcode == "custom-call")
+    (found,) = (x for x in calls if Call.of(x.attributes) or ChunkCall.of(x.attributes))
     return found.attributes

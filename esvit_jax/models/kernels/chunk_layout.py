@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from esvit_jax.models.kernels.layout import LANES
 
@@ -95,21 +95,36 @@ class ChunkLayout:
         maps = rearrange(slots, "b y x (h w) d -> b (y h) (x w) d", h=size)
         return rearrange(maps[:, : self.height, : self.width], "b h w d -> b (h w) d")
 
-    def outside(self) -> np.ndarray:
-        """f32[rows + 2, 16, lanes], more features of keys: the first is 0 of tokens, others always.
-
-        Sixteen are a tile. Of copies of global tokens the bias lets each chunk have its own.
-        """
+    def lanes_of_cells(self) -> Bool[np.ndarray, "rows2 lanes2"]:
+        """Of slots with their border."""
         size = self.window_size
         height, width = self.rows * size, self.groups * self.together * size
         inside = np.zeros((height + 2 * size, width + 2 * size), bool)
         inside[size : size + self.height, size : size + self.width] = True
         inside = rearrange(inside, "(y h) (x w) -> y x (h w)", h=size, w=size)
-        spare = self.slot - self.cells
-        inside = np.pad(inside, ((0, 0), (0, 0), (0, spare)), constant_values=True)
-        inside = inside.reshape(len(inside), 1, -1)
-        features = np.zeros((len(inside), 16, inside.shape[2]), np.float32)
-        return np.where(inside | (np.arange(16)[:, None] > 0), features, OUTSIDE).astype(np.float32)
+        inside = np.pad(inside, ((0, 0), (0, 0), (0, self.slot - self.cells)))
+        return inside.reshape(len(inside), -1)
+
+    def outside(self) -> Float[np.ndarray, "rows2 16 lanes2"]:
+        """More features of keys, a tile of 16: the first is 0 of cells, the others always.
+
+        It is 0 beside a chunk's cells, too: of what lies there, its own copies of global tokens
+        are let in by the bias.
+        """
+        inside = self.lanes_of_cells()
+        beside = np.arange(inside.shape[1]) % self.slot >= self.cells
+        features = np.zeros((len(inside), 16, inside.shape[1]), np.float32)
+        features[:, 0] = np.where(inside | beside, 0, OUTSIDE)
+        return features
+
+    def global_bias(
+        self, to_cells: Float[Array, "heads g"], to_global: Float[Array, "heads g g"]
+    ) -> Float[Array, "heads g rows2 lanes2"]:
+        """Of global tokens' queries: to cells, and to the copies in the first chunk's slot."""
+        inside = self.lanes_of_cells()
+        bias = jnp.where(inside, to_cells[:, :, None, None], AWAY)
+        first = self.slot + self.cells
+        return bias.at[:, :, 1, first : first + self.num_global].set(to_global)
 
     def bias(
         self, local: Float[Array, "heads n n9"], to_global: Float[Array, "heads g"]

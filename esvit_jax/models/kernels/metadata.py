@@ -80,6 +80,11 @@ class ChunkCall:
         return self.maps * self.layout.heads
 
     @property
+    def head_windows(self) -> int:
+        """Slots of queries of all maps, each as often as it has heads."""
+        return self.programs * self.layout.rows * self.layout.groups * self.layout.together
+
+    @property
     def registers(self) -> tuple[float, float]:
         """Of the logits and of the keys of all groups, 8 x 128 each."""
         layout = self.layout
