@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     neighbours_figure(rows, file)
     say(
         console,
-        f"{len(rows)} images, and those of {len(kept.labels)} in {source.name} {source.split} that "
-        f"are most like each: {file}",
+        f"what is most like {counted(rows, 'image')}, of the {len(kept.labels)} in {source.name} "
+        f"{source.split}: {file}",
     )
 
 
