@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     neighbours_figure(rows, file)
     say(
         console,
-        f"what is most like {counted(rows, 'image')}, of the {len(kept.labels)} in {source.name} "
-        f"{source.split}: {file}",
+        f"queries: {len(rows)}, each with those most like it of the {len(kept.labels)} images in "
+        f"{source.name} {source.split}: {file}",
     )
 
 
