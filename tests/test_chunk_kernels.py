@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from replay_golden import Replay
+from test_golden import assert_close
+from test_golden_vil import GOLDEN
 from test_kernels import normal, relative_error
 
 from esvit_jax.models.kernels import chosen, compiling_for
@@ -86,3 +89,14 @@ def test_tpus_with_room_take_the_kernel():
     ):
         with compiling_for(kind):
             assert chosen("auto", layout, 64, dtype) == takes, (kind, layout, dtype)
+
+
+@pytest.mark.slow
+def test_golden():
+    """The published outputs and one published step, by the kernel in both sparse stages."""
+    replay = Replay(str(GOLDEN), prototype_chunk=32)
+    backbone = replay.model.backbone.clone(attention="pallas")
+    replay.model = replay.model.clone(backbone=backbone)
+    replay.optimizer, replay.step = replay.build("pmap", jax.devices()[:1])
+    assert_close(replay.outputs())
+    assert_close(replay.one_step())
