@@ -5,7 +5,8 @@
 
 Published on ImageNet-1K for 2262, linear / k-NN top-1, in percent; not trained here: views 77.3 /
 73.9; views and regions, continued from a run of views alone at its epoch 200, 77.5 / 74.5 (k-NN at
-an epoch that is not known). The other two depths have no published row.
+an epoch that is not known). The other two depths have no published row. 300 epochs of 2262 with
+both losses are planned to take 162 hours (docs/measurements.md, Plans; no chip was asked).
 """
 
 from esvit_jax.config import ConfigDict, config_arguments, published_run
