@@ -1,4 +1,4 @@
-"""The quickstart for longer: a teacher that beats raw pixels, in two runs.
+"""The quickstart for longer, in two runs: up to raw pixels in k-NN, past them in the probe.
 
     esvit train --config=fashion_mnist:region=false --workdir=VIEWS
     esvit train --config=fashion_mnist:continued=true --workdir=runs/fashion \

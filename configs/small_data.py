@@ -32,6 +32,5 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.loss.warmup_teacher_temp_epochs = 0
     config.optimizer.warmup_epochs = config.total_epochs / 20
     config.optimizer.freeze_prototypes_epochs = 0.0
-    config.optimizer.teacher_momentum = 0.99 if images < 10_000 else 0.996
     config.views.local_scale = (0.1, 0.5)
     return config
