@@ -187,7 +187,7 @@ def test_a_bad_file_is_named_with_line_and_reason(tmp_path: Path, what: str):
 
 
 def test_files_that_are_none_are_named(tmp_path: Path):
-    names = "esvit_cvt, esvit_swin, esvit_vil, quickstart, resnet50, small_data, vit"
+    names = "esvit_cvt, esvit_swin, esvit_vil, fashion_mnist, quickstart, resnet50, small_data, vit"
     known = f"give a .py file or one of {names}"
     assert refusal(f"--config={tmp_path}/nowhere.py") == (
         f"--config={tmp_path}/nowhere.py: there is no such file; {known}"
@@ -254,6 +254,9 @@ def test_the_published_configs():
     assert load_config("resnet50:continued=true").batch_size == 1024
     assert load_config("vit:variant=base,patch=8").backbone.patch_size == 8
     assert load_config("quickstart").data.name == "bundled/fashion_mnist_mini"
+    longer = load_config("fashion_mnist:continued=true,images=70000")
+    assert (longer.init_step, longer.total_steps, longer.data.name) == (2000, 3000, "fashion_mnist")
+    assert not load_config("fashion_mnist:region=false").loss.region
     for images, prototypes, epochs in ((200, 32, 1000), (2_000, 128, 300), (100_000, 4096, 100)):
         config = load_config(f"small_data:images={images}")
         assert (config.head.num_prototypes, config.total_epochs) == (prototypes, epochs)
