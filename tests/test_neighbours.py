@@ -83,7 +83,7 @@ def width(file):
 def test_neighbours_of_images_of_the_data(workdir, capsys):
     neighbours.main([f"--workdir={workdir}", "--of=0,7", "--k=4"])
     assert width(workdir / "neighbours.png") > 500
-    assert "2 images, and those of 40" in capsys.readouterr().out
+    assert "queries: 2, each with those most like it of the 40" in capsys.readouterr().out
     assert len(list((workdir / "features").glob("*/*/*.npz"))) >= 1
 
 
