@@ -44,6 +44,10 @@ def value_and_gradients(case, code, dtype=jnp.float32):
     shape, heads, dim, window, shift = CASES[case]
     module = WindowAttention(heads, window, shift, dtype, attention=code)
     rows = normal(0, np.prod(shape), heads * dim)
+    return gradients_of(module, rows, shape)
+
+
+def gradients_of(module, rows, shape):
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), rows, shape))
     leaves, tree = jax.tree.flatten(params)
     params = tree.unflatten(0.2 * normal(i, *x.shape) for i, x in enumerate(leaves))

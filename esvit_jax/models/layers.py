@@ -133,20 +133,28 @@ class Linear(nn.Module):
     convolution: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows features"]:
+    def __call__(
+        self, x: Float[Array, "*rows d"], part: slice = slice(None), *, turned: bool = False
+    ) -> Float[Array, "*rows_features"]:
+        """All features or those of `part`, along the last axis; `turned`, along the one before.
+
+        What is turned stays in its axes: a TPU's product then writes it so, and copies nothing.
+        """
         shape = x.shape[-1], self.features
         kernel = self.param("kernel", LINEAR_INIT, (1, 1, *shape) if self.convolution else shape)
-        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        rows = product(rows, jnp.asarray(kernel, self.dtype).reshape(shape))
+        rows = x.astype(self.dtype)
+        rows = rows if turned else rows.reshape(-1, x.shape[-1])
+        rows = product(rows, jnp.asarray(kernel, self.dtype).reshape(shape)[:, part])
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            rows = add_bias(rows, bias, self.dtype)
-        return rows.astype(self.dtype).reshape(*x.shape[:-1], self.features)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))[part]
+            rows = rows + bias if turned else add_bias(rows, bias, self.dtype)
+        rows = rows.astype(self.dtype)
+        return rows.swapaxes(-1, -2) if turned else rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def product(
-    a: Float[Array, "rows d"], b: Float[Array, "d features"]
-) -> Float[Array, "rows features"]:
+    a: Float[Array, "*rows d"], b: Float[Array, "d features"]
+) -> Float[Array, "*rows features"]:
     """a @ b, summed and returned in float32 whatever the factors' dtype."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 

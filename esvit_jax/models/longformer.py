@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from esvit_jax.models import kernels
 from esvit_jax.models.attention import attention_logits, relative_position_index, window_attention
-from esvit_jax.models.kernels.chunk_layout import ChunkLayout
+from esvit_jax.models.kernels.chunk_layout import ChunkLayout, cells_of_chunks
 from esvit_jax.models.layers import LINEAR_INIT, Linear
 from esvit_jax.models.resize import bicubic_matrix
 
@@ -40,14 +40,8 @@ def neighbour_index(window_size: int) -> np.ndarray:
 
 
 def neighbours_inside(height: int, width: int, window_size: int) -> Bool[np.ndarray, "y x n9"]:
-    """Which keys of the nine neighbours of every chunk are cells of the map.
-
-    The others are padding of the map to whole chunks, or neighbours beyond its border.
-    """
-    size = window_size
-    inside = np.zeros((height + -height % size + 2 * size, width + -width % size + 2 * size), bool)
-    inside[size : size + height, size : size + width] = True
-    inside = rearrange(inside, "(y h) (x w) -> y x (h w)", h=size, w=size)
+    """Which keys of the nine neighbours of every chunk are cells of the map."""
+    inside = cells_of_chunks(height, width, window_size, -(-width // window_size))
     rows, columns = inside.shape[0] - 2, inside.shape[1] - 2
     parts = [inside[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
     return np.concatenate(parts, axis=-1)
@@ -178,18 +172,6 @@ def with_neighbours(
     return jnp.concatenate([of_global, *parts], axis=-2)
 
 
-def in_lanes(
-    project: Linear, features: slice, slots: Float[Array, "b rows lanes d"]
-) -> Float[Array, "b rows features lanes"]:
-    """Some features of a projection that has been called before, along rows."""
-    params = project.variables["params"]
-    kernel, bias = params["kernel"][:, features], params["bias"][features]
-    dtype = project.dtype
-    slots, kernel = slots.astype(dtype), jnp.asarray(kernel, dtype)
-    out = (jnp.matmul(slots, kernel, preferred_element_type=jnp.float32) + bias).astype(dtype)
-    return rearrange(out, "b y lanes d -> b y d lanes")
-
-
 def attention_over_slots(
     query: Float[Array, "b g heads_d"],
     key: Float[Array, "b rows heads_d lanes"],
@@ -234,20 +216,17 @@ class SparseAttention(nn.Module):
         scale = (dim // heads) ** -0.5
 
         layout = ChunkLayout(*shape, size, heads, dim // heads, g)
-        whole = not self.return_weights
-        if whole and kernels.chosen(self.attention, layout, tokens.shape[0], self.dtype):
-            first = project(tokens[:, :g]) * scale
-            project_keys(tokens[:, :1])  # for its params; not computed
+        takes_kernel = kernels.chosen(self.attention, layout, tokens.shape[0], self.dtype)
+        if takes_kernel and not self.return_weights:
             slots = layout.in_slots(tokens)
-            own = in_lanes(project, slice(None), layout.without_border(slots)) * scale
-            keys, values = (in_lanes(project_keys, part, slots) for part in np.s_[:dim, dim:])
-            out = kernels.attend_chunks(own, keys, values, local, of_global[0][1], layout)
-            out = project_out(rearrange(out, "b y d lanes -> b y lanes d"))
-            out = layout.out_of_slots(out)
+            query = project(layout.without_border(slots), turned=True) * scale
+            key, value = (project_keys(slots, part, turned=True) for part in np.s_[:dim, dim:])
+            out = kernels.attend_chunks(query, key, value, local, of_global[0][1], layout)
+            out = layout.out_of_slots(project_out(rearrange(out, "b y d lanes -> b y lanes d")))
             if g:
                 bias = layout.global_bias(of_global[0][0], of_global[1])
-                first = project_out(attention_over_slots(first, keys, values, bias))
-                out = jnp.concatenate([first, out], axis=1)
+                first = attention_over_slots(project(tokens[:, :g]) * scale, key, value, bias)
+                out = jnp.concatenate([project_out(first), out], axis=1)
             return out, None
 
         query = project(tokens) * scale

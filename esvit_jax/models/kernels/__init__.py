@@ -59,7 +59,7 @@ def chosen(attention: str, layout: Layout | ChunkLayout, maps: Any, dtype: Any) 
     if not (room := _room()) or not isinstance(maps, int):
         return False
     if isinstance(layout, ChunkLayout):
-        return layout.memory(dtype) <= room
+        return layout.supported and layout.memory(dtype) <= room
     from esvit_jax.models.kernels import programs
 
     layout = dataclasses.replace(layout, room=room)

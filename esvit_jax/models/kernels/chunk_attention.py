@@ -182,6 +182,11 @@ def attend(
       local: bias of a chunk's cells to those of its nine neighbours, in float32.
       to_global: bias of cells to global tokens.
       layout: of the maps.
+
+    Raises:
+      ValueError: the kernel has no form for heads of these features.
     """
+    if not layout.supported:
+        raise ValueError(f"no kernel for heads of {layout.dim} features: no multiple of 8")
     bias = layout.bias(local.astype(F32), to_global.astype(F32))
     return _attend(query, key, value, bias, layout)

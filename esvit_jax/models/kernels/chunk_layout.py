@@ -15,6 +15,19 @@ AWAY = -1e30
 OUTSIDE = -(2.0**15)
 
 
+def cells_of_chunks(
+    height: int, width: int, window_size: int, columns: int
+) -> Bool[np.ndarray, "rows2 columns2 n"]:
+    """Which cells of chunks are of a map, in so many columns and with a chunk on all sides.
+
+    The others are padding of the map to whole chunks, or lie beyond its border.
+    """
+    size, rows = window_size, -(-height // window_size)
+    inside = np.zeros(((rows + 2) * size, (columns + 2) * size), bool)
+    inside[size : size + height, size : size + width] = True
+    return rearrange(inside, "(y h) (x w) -> y x (h w)", h=size, w=size)
+
+
 @dataclasses.dataclass(frozen=True)
 class ChunkLayout:
     """How the chunks of maps lie in the kernels' arrays.
@@ -33,6 +46,11 @@ class ChunkLayout:
     heads: int
     dim: int
     num_global: int
+
+    @property
+    def supported(self) -> bool:
+        """Whether a head's features are whole sublanes, of which a TPU's blocks are made."""
+        return self.dim % 8 == 0
 
     @property
     def cells(self) -> int:
@@ -97,11 +115,8 @@ class ChunkLayout:
 
     def lanes_of_cells(self) -> Bool[np.ndarray, "rows2 lanes2"]:
         """Of slots with their border."""
-        size = self.window_size
-        height, width = self.rows * size, self.groups * self.together * size
-        inside = np.zeros((height + 2 * size, width + 2 * size), bool)
-        inside[size : size + self.height, size : size + self.width] = True
-        inside = rearrange(inside, "(y h) (x w) -> y x (h w)", h=size, w=size)
+        columns = self.groups * self.together
+        inside = cells_of_chunks(self.height, self.width, self.window_size, columns)
         inside = np.pad(inside, ((0, 0), (0, 0), (0, self.slot - self.cells)))
         return inside.reshape(len(inside), -1)
 
