@@ -5,14 +5,14 @@ import os
 import tempfile
 
 # Before jax is imported. Compilation is most of what tests take: LLVM may do without its
-# expensive passes, and gets a program in one piece; pieces are for cores that are idle. (Without
-# XLA's fusion emitters it takes a third of that, and a logistic regression runs for half an hour.)
+# expensive passes, and gets a program in one piece; pieces are for cores that are idle. Without
+# XLA's newer fusion emitters it gets a third of the work.
 # On a busy machine a device may come late to a collective: XLA would abort after 40 s. Four
 # devices, so that layouts can be compared. Processes that tests start inherit the cache, and
 # compile what was compiled before only once: small programs too, of which there are hundreds.
 QUICK_COMPILE = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
-    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4"

@@ -126,3 +126,31 @@ def test_refuses(blocks, change, message):
 def test_blocks_must_be_readable_again():
     with pytest.raises(UserError, match="blocks: it can be read only once"):
         fit_logistic(iter([(EYE, np.arange(2))]), [0.1], 2)
+
+
+def test_a_head_moves_in_all_its_parts_or_in_none(monkeypatch):
+    """Close to the end rounding decides, and must decide once: or a head looks for ever."""
+    advance = logistic._advance
+    tries = []
+
+    def watched(l2, heads, *others):
+        before = np.array(heads.iterations), np.array(heads.gradient_norm), np.array(heads.tries)
+        heads, busy = advance(l2, heads, *others), others[-1]
+        after = map(np.array, (heads.iterations, heads.gradient_norm, heads.tries))
+        moved, norm_changed, tried = (
+            np.asarray(x != y) for x, y in zip(after, before, strict=True)
+        )
+        assert not norm_changed[busy & ~moved].any() and tried[busy & ~moved].all()
+        assert not np.asarray(heads.tries)[moved].any()
+        tries.append(int(np.max(heads.tries)))
+        return heads
+
+    monkeypatch.setattr(logistic, "_advance", watched)
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        features = 3 * rng.normal(size=(10, 2)) @ rng.normal(size=(2, 16))
+        features = (features + 0.3 * rng.normal(size=(10, 16))).astype(np.float32)
+        fit_logistic(
+            ArrayBlocks(features, np.arange(10), 10), [1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.03], 10
+        )
+    assert max(tries) > 0

@@ -119,11 +119,13 @@ def fit_logistic(
         if not busy.any():
             break
         trial = _trial(heads)
-        heads = _advance(strengths, heads, trial, *sums.at(_layers(strengths, trial)), busy)
-    found = jax.tree.map(np.asarray, heads._replace(point=_layers(strengths, heads.point)))
+        found = sums.at(_layers(strengths, trial))
+        verdicts = _judge(strengths, heads, trial, *found)
+        heads = _advance(strengths, heads, trial, *found, verdicts, busy)
+    end = jax.tree.map(np.asarray, heads._replace(point=_layers(strengths, heads.point)))
     return Logistic(
-        l2, found.point["weights"], found.point["bias"], mean, deviation,
-        found.value, found.gradient_norm, found.iterations, sums.passes,
+        l2, end.point["weights"], end.point["bias"], mean, deviation,
+        end.value, end.gradient_norm, end.iterations, sums.passes,
     )  # fmt: skip
 
 
@@ -295,14 +297,18 @@ def _trial(heads: _Heads) -> PyTree:
     return jax.vmap(trial)(heads)
 
 
-@partial(jax.jit, donate_argnums=1)
+@jax.jit
 @jax.default_matmul_precision("highest")
-def _advance(
-    l2: Array, heads: _Heads, trial: PyTree, value: Array, gradient: PyTree, busy: Array
-) -> _Heads:
-    """Each busy head moves to its trial point, or tries another step next."""
+def _judge(
+    l2: Array, heads: _Heads, trial: PyTree, value: Array, gradient: PyTree
+) -> tuple[Array, Array]:
+    """Whether the step of each head is short enough, and whether it is also long enough.
 
-    def advance(l2, head, trial, value, gradient, busy):
+    A program of its own. As part of `_advance` a verdict may be computed again in each place that
+    reads it, and rounded otherwise: a head then arrives by half, and never ends.
+    """
+
+    def judge(l2, head, trial, value, gradient):
         value, gradient = _with_decay(l2, trial, value, gradient)
         slope = optax.tree.vdot(head.direction, gradient)
         # Close to the end, values differ by rounding only, and the slope has to tell (Hager and
@@ -310,7 +316,26 @@ def _advance(
         falls = value <= head.value + DECREASE * head.step * head.slope
         level = value <= head.value + ROUNDING * jnp.abs(head.value)
         falls |= level & (slope <= -(1 - 2 * DECREASE) * head.slope)
-        flat = slope >= CURVATURE * head.slope
+        return falls, falls & (slope >= CURVATURE * head.slope)
+
+    return jax.vmap(judge)(l2, heads, trial, value, gradient)
+
+
+@partial(jax.jit, donate_argnums=1)
+@jax.default_matmul_precision("highest")
+def _advance(
+    l2: Array,
+    heads: _Heads,
+    trial: PyTree,
+    value: Array,
+    gradient: PyTree,
+    verdicts: tuple[Array, Array],
+    busy: Array,
+) -> _Heads:
+    """Each busy head moves to its trial point, or tries another step next."""
+
+    def advance(l2, head, trial, value, gradient, falls, arrives, busy):
+        value, gradient = _with_decay(l2, trial, value, gradient)
         arrived = _arrived(head.memory, head.iterations + 1, trial, value, gradient)
         low = jnp.where(falls, head.step, head.low)
         high = jnp.where(falls, head.high, head.step)
@@ -322,6 +347,6 @@ def _advance(
         def choose(condition, x, y):
             return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
-        return choose(busy, choose(falls & flat, arrived, stays), head)
+        return choose(busy, choose(arrives, arrived, stays), head)
 
-    return jax.vmap(advance)(l2, heads, trial, value, gradient, busy)
+    return jax.vmap(advance)(l2, heads, trial, value, gradient, *verdicts, busy)
