@@ -32,16 +32,18 @@ def esvit_loss(
     centers: Mapping[str, Float[Array, " k"]],
     student_temp: float,
     teacher_temp: Array | float,
+    region_weight: float = 0.5,
     prototype_chunk: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """EsViT's loss of a student's views against a teacher's global views (paper, sec. 3).
 
-        L = 1/2 mean_(s,t) H(q_t, p_s) + 1/2 mean_(s,t) mean_i H(q_(t, m(i)), p_(s, i))
+        L = (1 - w) mean_(s,t) H(q_t, p_s) + w mean_(s,t) mean_i H(q_(t, m(i)), p_(s, i))
 
-    over the pairs of a teacher view t and a different student view s, with p = softmax(logits /
-    student_temp), q = softmax((logits - center) / teacher_temp), H(q, p) = -sum_k q_k log p_k, and
-    m(i) the teacher region whose backbone features are most similar to those of student region i.
+    with w = region_weight, a half in the paper, over the pairs of a teacher view t and a different
+    student view s, with p = softmax(logits / student_temp), q = softmax((logits - center) /
+    teacher_temp), H(q, p) = -sum_k q_k log p_k, and m(i) the teacher region whose backbone features
+    are most similar to those of student region i.
     In plain Python, with all logits [view, image, (region,) k] at hand (the view loss; the region
     loss takes q[t] at the matches):
 
@@ -56,6 +58,7 @@ def esvit_loss(
       centers: {"view": f32[k]}, and "region" if regions are to be matched too.
       student_temp: of the student's softmax.
       teacher_temp: of the teacher's softmax.
+      region_weight: share of the region loss, in (0, 1]; of no account without regions.
       prototype_chunk: prototypes held at a time; 0 means all.
       dtype: of the factors of products with prototypes; everything else is float32.
 
@@ -93,7 +96,8 @@ def esvit_loss(
         teacher_features=teacher.region_features[0],
         student_temp=student_temp,
     )
-    return 0.5 * view + 0.5 * region, scalars | {"region_loss": region}
+    loss = (1 - region_weight) * view + region_weight * region
+    return loss, scalars | {"region_loss": region}
 
 
 class _Sides(NamedTuple):

@@ -87,6 +87,7 @@ def build(config: ConfigDict, numbers: RunNumbers) -> Recipe:
             student_temp=config.loss.student_temp,
             center_momentum=config.loss.center_momentum,
             seed=config.seed,
+            region_weight=config.loss.region_weight,
             accum_steps=config.accum_steps,
             prototype_chunk=config.loss.prototype_chunk,
             dtype=jnp.dtype(config.dtype),

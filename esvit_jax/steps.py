@@ -30,6 +30,7 @@ class StepOptions:
       center_momentum: see `losses.update_center`.
       seed: of views and drop path; an image's depend on seed, step and its place in the global
         batch only, so that they are the same on any number of devices, and in any parts.
+      region_weight: see `losses.esvit_loss`.
       accum_steps: parts a device's share is run through in, one after the other.
       prototype_chunk: prototypes held at a time; 0 means all.
       dtype: of the factors of products with prototypes.
@@ -38,6 +39,7 @@ class StepOptions:
     student_temp: float
     center_momentum: float
     seed: int
+    region_weight: float = 0.5
     accum_steps: int = 1
     prototype_chunk: int = 0
     dtype: DTypeLike = jnp.float32
@@ -80,6 +82,7 @@ def loss_and_gradients(
             centers=centers,
             student_temp=options.student_temp,
             teacher_temp=teacher_temp,
+            region_weight=options.region_weight,
             prototype_chunk=options.prototype_chunk,
             dtype=options.dtype,
         )

@@ -59,7 +59,7 @@ def test_default_config_is_that_of_0_1_0():
     new = {
         "backbone.attention": None, "compilation_cache": True, "data.max_wait_seconds": 300.0,
         "lock_seconds": 60.0, "profile_steps": None, "init_step": None,
-        "linear_every_steps": 0, "head.batch_norm": False,
+        "linear_every_steps": 0, "head.batch_norm": False, "loss.region_weight": 0.5,
         "backbone.base_width": None, "backbone.embed_dims": None, "backbone.num_global": None,
         "backbone.patch_sizes": None, "backbone.window_sizes": None,
     }  # fmt: skip
@@ -331,6 +331,7 @@ HAND_EDITS: list[tuple[str, Any, str]] = [
     ("dtype", ["float32"], "'float32' or 'bfloat16'"),
     ("loss.region", "yes", "True or False"),
     ("loss.region", 1, "True or False"),
+    ("loss.region_weight", 0.0, "a number from 0 to 1"),
     ("data.name", None, "text"),
     ("data.name", {}, "text"),
     ("data.canvas_size", 0, "a whole number from 1"),

@@ -44,10 +44,11 @@ def centers(seed=9):
     return {"view": normal(rng, K), "region": normal(rng, K)}
 
 
-def loss_of(student, teacher, center, chunk=0):
+def loss_of(student, teacher, center, chunk=0, **fields):
     return esvit_loss(
         student=student, teacher=teacher, centers=center, student_temp=STUDENT_TEMP,
         teacher_temp=jnp.asarray(TEACHER_TEMP), prototype_chunk=chunk, dtype=jnp.float32,
+        **fields,
     )  # fmt: skip
 
 
@@ -119,6 +120,8 @@ def test_losses_equal_loops(num_local):
         np.testing.assert_allclose(scalars["view_loss"], view, rtol=2e-6)
         np.testing.assert_allclose(scalars["region_loss"], region, rtol=2e-6)
         np.testing.assert_allclose(loss, 0.5 * view + 0.5 * region, rtol=2e-6)
+    loss, _ = loss_of(student, teacher, center, region_weight=0.1)
+    np.testing.assert_allclose(loss, 0.9 * view + 0.1 * region, rtol=2e-6)
     loss, scalars = loss_of(student, teacher, {"view": center["view"]})
     np.testing.assert_allclose(loss, view, rtol=2e-6)
     assert "region_loss" not in scalars

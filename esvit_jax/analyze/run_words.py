@@ -55,7 +55,7 @@ def run_words(
         "views": f"2 global ones of {views.global_size} px"
         + (f" and {views.num_local} local ones of {views.local_size} px" if views.num_local else "")
         + " of each image",
-        "loss": ("views and regions are matched" if loss.region else "views are matched")
+        "loss": (_regions(loss.region_weight) if loss.region else "views are matched")
         + f"; student temperature {loss.student_temp:g}, teacher temperature {_temperature(config)}"
         f"; center momentum {loss.center_momentum:g}",
         "optimizer": f"{optimizer.name}; learning rate {origin['peak_learning_rate']:.3g} "
@@ -75,6 +75,11 @@ def run_words(
             {name: x for name, x in times[-1].items() if name.startswith("spent_")}
         )
     return words
+
+
+def _regions(weight: float) -> str:
+    words = "views and regions are matched"
+    return words if weight == 0.5 else f"{words}, regions with a weight of {weight:g}"
 
 
 def _temperature(config: ConfigDict) -> str:

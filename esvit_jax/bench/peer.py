@@ -234,6 +234,10 @@ class Peer:
         self.student_temp = config.loss.student_temp
         self.teacher_temp = float(work.recipe.schedules["teacher_temp"](0))
         self.center_momentum = config.loss.center_momentum
+        weight = config.loss.region_weight
+        self.weights = (
+            {"view": 1 - weight, "region": weight} if config.loss.region else {"view": 1.0}
+        )
         self.teacher_momentum = config.optimizer.teacher_momentum
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"
@@ -264,11 +268,10 @@ class Peer:
             with torch.no_grad():
                 teacher_logits, teacher_features = self.teacher(stacks[:1])[0]
             student = self.student(stacks)
-        total = sum(
-            self._loss(head, student, teacher_logits[head].float(), teacher_features)
-            for head in self.centers
+        loss: Any = sum(
+            weight * self._loss(head, student, teacher_logits[head].float(), teacher_features)
+            for head, weight in self.weights.items()
         )
-        loss: Any = total / len(self.centers)
         loss.backward()
         return loss, teacher_logits
 

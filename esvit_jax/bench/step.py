@@ -214,6 +214,7 @@ def step_parts(work: Workload) -> StepParts:
             centers=state.centers,
             student_temp=options.student_temp,
             teacher_temp=teacher_temp,
+            region_weight=options.region_weight,
             prototype_chunk=options.prototype_chunk,
             dtype=options.dtype,
         )[0]

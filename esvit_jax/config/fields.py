@@ -168,6 +168,8 @@ FIELDS: dict[str, Field] = {
     "views.std": Field((0.229, 0.224, 0.225), "divided by", three_numbers(0.0001, 1000)),
 
     "loss.region": Field(True, "match regions as well as views", true_or_false()),
+    "loss.region_weight": Field(
+        0.5, "share of the region loss; the view loss has the rest", number(0, 1, without=0)),
     "loss.student_temp": Field(0.1, "of the student's softmax", TEMPERATURE),
     "loss.teacher_temp": Field(0.07, "of the teacher's softmax, after the warm-up", TEMPERATURE),
     "loss.warmup_teacher_temp": Field(0.04, "of the first epoch", TEMPERATURE),
