@@ -39,7 +39,7 @@ def test_it_prints_the_numbers_of_the_run(capsys: Capture):
     assert lines[lines.index("The run:") + 1 :] == [
         "images to train on 6,000",
         "steps an epoch 93",
-        "steps of the run 1,023",
+        "steps of the run 1,860",
         "steps in which the learning rate rises 46",
         "steps in which prototypes do not move 0",
         "peak of the learning rate 0.0015",
