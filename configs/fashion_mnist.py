@@ -14,8 +14,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     """`arguments`: images=7500|70000, bundled or of TFDS."""
     images = config_arguments(arguments, images=(7_500, 70_000))["images"]
     config = load_config("quickstart")
-    config.total_steps = 9_000
+    config.total_steps = 6_000
     config.checkpoint_every_steps = 1_000
+    config.views.num_local = 4
     if images == 70_000:
         config.data.name = "fashion_mnist"
     return config
