@@ -104,9 +104,10 @@ report.only("progress")
 
 # %%
 train, test = (esvit_jax.embed(RUN, split=split) for split in ("train", "test"))
-esvit_jax.knn_accuracy(
+accuracy = esvit_jax.knn_accuracy(
     train.view_features, train.label, test.view_features, test.label, ks=(1, 10, 20)
 )
+{name: round(percent, 1) for name, percent in accuracy.items()}
 
 # %% [markdown]
 # ## Where does it look?
