@@ -1,4 +1,4 @@
-"""The quickstart for longer, until its teacher beats raw pixels: half an hour on two cores.
+"""The quickstart for longer: its teacher beats raw pixels in the probe, and nearly in k-NN.
 
     esvit train --config=fashion_mnist --workdir=runs/fashion
 
