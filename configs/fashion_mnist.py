@@ -1,4 +1,4 @@
-"""The quickstart for longer: its teacher beats raw pixels in the probe, and nearly in k-NN.
+"""The quickstart for longer: past raw pixels in the probe, and nearly up to them in k-NN.
 
     esvit train --config=fashion_mnist --workdir=runs/fashion
 

@@ -5,11 +5,11 @@ import os
 import tempfile
 
 # Before jax is imported. Compilation is most of what tests take: LLVM may do without its
-# expensive passes, and gets a program in one piece; pieces are for cores that are idle. Without
-# XLA's newer fusion emitters it gets a third of the work.
-# On a busy machine a device may come late to a collective: XLA would abort after 40 s. Four
-# devices, so that layouts can be compared. Processes that tests start inherit the cache, and
-# compile what was compiled before only once: small programs too, of which there are hundreds.
+# expensive passes, and gets a program in one piece; pieces are for cores that are idle. XLA's
+# newer fusion emitters make three times the work of it. On a busy machine a device may come late to
+# a collective: XLA would abort after 40 s. Four devices, so that layouts can be compared. Processes
+# that tests start inherit the cache, and compile what was compiled before only once: small programs
+# too, of which there are hundreds.
 QUICK_COMPILE = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "

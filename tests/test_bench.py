@@ -161,6 +161,7 @@ def test_peer_computes_the_same_loss(tiny_config):
 
     config = one_device_config(tiny_config)
     config.backbone.drop_path_rate = 0.0
+    config.loss.region_weight = 0.25
     work = workload(config, num_images=1000)
     other = peer.Peer(work, torch.device("cpu"), compiled=False)
     load_params(torch, other.student, work.state.params, to_huggingface, state_dict_from_params)

@@ -133,9 +133,9 @@ def test_a_head_moves_in_all_its_parts_or_in_none(monkeypatch):
     advance = logistic._advance
     tries = []
 
-    def watched(l2, heads, *others):
+    def watched(heads, *others):
         before = np.array(heads.iterations), np.array(heads.gradient_norm), np.array(heads.tries)
-        heads, busy = advance(l2, heads, *others), others[-1]
+        heads, busy = advance(heads, *others), others[-1]
         after = map(np.array, (heads.iterations, heads.gradient_norm, heads.tries))
         moved, norm_changed, tried = (
             np.asarray(x != y) for x, y in zip(after, before, strict=True)

@@ -257,6 +257,7 @@ def test_unlabelled_folder_trains_and_knn_is_refused(tiny_config, tmp_path):
 def run_steps(config, *, devices, mode, count=3):
     """Params, teacher, centers and losses after a few steps on so many devices."""
     config.backbone.drop_path_rate, config.parallel = 0.5, mode
+    config.loss.region_weight = 0.25
     numbers = resolve(config, num_images=6000, num_devices=devices)
     built = recipe.build(config, numbers)
     params = init_params(built.model, jax.random.key(0))
@@ -272,6 +273,9 @@ def run_steps(config, *, devices, mode, count=3):
         batch = {k: x.reshape(devices, -1, *x.shape[1:]) for k, x in batch.items()}
         state, scalars, features = lifted(state, batch)
         seen.append(float(scalars["loss"]))
+        if config.loss.region:
+            weighed = 0.75 * scalars["view_loss"] + 0.25 * scalars["region_loss"]
+            np.testing.assert_allclose(seen[-1], weighed, rtol=1e-6)
     return state, seen, np.asarray(features)
 
 

@@ -110,7 +110,7 @@ def fit_logistic(
     zeros = {"weights": np.zeros(shape, np.float32), "bias": np.zeros(shape[::2], np.float32)}
     strengths, point = parallel.replicate(jax.tree.map(jnp.asarray, (l2, zeros)), "shard_map")
     # A point has weights times √(1 + l2), which makes strong ℓ2 as round as weak.
-    heads = _start(strengths, point, *sums.at(point))
+    heads = _start(point, *_with_decay(strengths, point, *sums.at(point)))
     while True:
         norm, iterations, tries = map(
             np.asarray, (heads.gradient_norm, heads.iterations, heads.tries)
@@ -119,13 +119,13 @@ def fit_logistic(
         if not busy.any():
             break
         trial = _trial(heads)
-        found = sums.at(_layers(strengths, trial))
-        verdicts = _judge(strengths, heads, trial, *found)
-        heads = _advance(strengths, heads, trial, *found, verdicts, busy)
-    end = jax.tree.map(np.asarray, heads._replace(point=_layers(strengths, heads.point)))
+        value, gradient = _with_decay(strengths, trial, *sums.at(_layers(strengths, trial)))
+        falls, arrives = _judge(heads, value, gradient)
+        heads = _advance(heads, trial, value, gradient, falls, arrives, busy)
+    found = jax.tree.map(np.asarray, heads._replace(point=_layers(strengths, heads.point)))
     return Logistic(
-        l2, end.point["weights"], end.point["bias"], mean, deviation,
-        end.value, end.gradient_norm, end.iterations, sums.passes,
+        l2, found.point["weights"], found.point["bias"], mean, deviation,
+        found.value, found.gradient_norm, found.iterations, sums.passes,
     )  # fmt: skip
 
 
@@ -256,8 +256,10 @@ def _layers(l2: Array, points: PyTree) -> PyTree:
     return points | {"weights": points["weights"] / jnp.sqrt(1 + l2)[:, None, None]}
 
 
+@jax.jit
+@jax.vmap
 def _with_decay(l2: Array, point: PyTree, value: Array, gradient: PyTree) -> tuple[Array, PyTree]:
-    """The loss with ℓ2 at a point, from that of its weights; and the gradient there."""
+    """The loss with ℓ2 at each head's point, from that of its weights; and the gradient there."""
     scale = jnp.sqrt(1 + l2)
     weights = point["weights"] / scale
     decayed = gradient | {"weights": (gradient["weights"] + l2 * weights) / scale}
@@ -281,12 +283,11 @@ def _arrived(
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _start(l2: Array, point: PyTree, value: Array, gradient: PyTree) -> _Heads:
-    def start(l2, point, value, gradient):
-        value, gradient = _with_decay(l2, point, value, gradient)
+def _start(point: PyTree, value: Array, gradient: PyTree) -> _Heads:
+    def start(point, value, gradient):
         return _arrived(_OPTIMIZER.init(point), jnp.zeros((), jnp.int32), point, value, gradient)
 
-    return jax.vmap(start)(l2, point, value, gradient)
+    return jax.vmap(start)(point, value, gradient)
 
 
 @jax.jit
@@ -299,17 +300,14 @@ def _trial(heads: _Heads) -> PyTree:
 
 @jax.jit
 @jax.default_matmul_precision("highest")
-def _judge(
-    l2: Array, heads: _Heads, trial: PyTree, value: Array, gradient: PyTree
-) -> tuple[Array, Array]:
+def _judge(heads: _Heads, value: Array, gradient: PyTree) -> tuple[Array, Array]:
     """Whether the step of each head is short enough, and whether it is also long enough.
 
     A program of its own. As part of `_advance` a verdict may be computed again in each place that
     reads it, and rounded otherwise: a head then arrives by half, and never ends.
     """
 
-    def judge(l2, head, trial, value, gradient):
-        value, gradient = _with_decay(l2, trial, value, gradient)
+    def judge(head, value, gradient):
         slope = optax.tree.vdot(head.direction, gradient)
         # Close to the end, values differ by rounding only, and the slope has to tell (Hager and
         # Zhang 2005, "A new conjugate gradient method", section 3).
@@ -318,24 +316,23 @@ def _judge(
         falls |= level & (slope <= -(1 - 2 * DECREASE) * head.slope)
         return falls, falls & (slope >= CURVATURE * head.slope)
 
-    return jax.vmap(judge)(l2, heads, trial, value, gradient)
+    return jax.vmap(judge)(heads, value, gradient)
 
 
-@partial(jax.jit, donate_argnums=1)
+@partial(jax.jit, donate_argnums=0)
 @jax.default_matmul_precision("highest")
 def _advance(
-    l2: Array,
     heads: _Heads,
     trial: PyTree,
     value: Array,
     gradient: PyTree,
-    verdicts: tuple[Array, Array],
+    falls: Array,
+    arrives: Array,
     busy: Array,
 ) -> _Heads:
     """Each busy head moves to its trial point, or tries another step next."""
 
-    def advance(l2, head, trial, value, gradient, falls, arrives, busy):
-        value, gradient = _with_decay(l2, trial, value, gradient)
+    def advance(head, trial, value, gradient, falls, arrives, busy):
         arrived = _arrived(head.memory, head.iterations + 1, trial, value, gradient)
         low = jnp.where(falls, head.step, head.low)
         high = jnp.where(falls, head.high, head.step)
@@ -349,4 +346,4 @@ def _advance(
 
         return choose(busy, choose(arrives, arrived, stays), head)
 
-    return jax.vmap(advance)(l2, heads, trial, value, gradient, *verdicts, busy)
+    return jax.vmap(advance)(heads, trial, value, gradient, falls, arrives, busy)
